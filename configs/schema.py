@@ -1,0 +1,554 @@
+"""What an experiment may say. Frozen, strict, finite: a misspelt key, a nan and an infinity are errors.
+
+Limits stand in the annotation, meanings under the field. A rule across fields is a validator whose message says what to
+change.
+"""
+
+from typing import Annotated, Any, Literal
+from zoneinfo import available_timezones
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
+MAY_CHANGE = Field(json_schema_extra={"may_change_on_resume": True})
+"""Marks a field that a resumed run may find changed."""
+
+
+class Strict(BaseModel):
+    """Frozen; a misspelt key, a nan and an infinity are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Plugin(Strict):
+    """A registered class and its options, which its own model validates."""
+
+    name: str
+    options: dict[str, Any] = {}
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+class JsonlSource(Strict):
+    kind: Literal["jsonl"] = "jsonl"
+    path: str
+    """A `.jsonl` or `.jsonl.gz` file; relative paths are taken from the folder the command runs in."""
+
+
+class HuggingFaceSource(Strict):
+    kind: Literal["huggingface"] = "huggingface"
+    path: str
+    """A hub id (`openai/gsm8k`) or a local folder that `datasets.load_dataset` reads."""
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    """A commit of the hub repository. A hub id without one is refused: the data would change under the run."""
+
+    @model_validator(mode="after")
+    def _pinned(self) -> "HuggingFaceSource":
+        local = self.path.startswith((".", "/", "~"))
+        if not local and self.revision is None:
+            raise ValueError(
+                f"revision: {self.path!r} is a hub id; pin a commit hash so that the data can't change under the run"
+            )
+        return self
+
+
+class ReasoningGymTask(Strict):
+    name: str
+    """A dataset of reasoning-gym, such as `chain_sum`."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of that dataset's configuration."""
+    weight: PositiveFloat = 1.0
+    """Share of the examples, against the other tasks' weights."""
+
+
+class ReasoningGymSource(Strict):
+    """Procedural tasks with verifiers (the `synthetic` source)."""
+
+    kind: Literal["reasoning_gym"] = "reasoning_gym"
+    tasks: Annotated[tuple[ReasoningGymTask, ...], Field(min_length=1)]
+    size: PositiveInt = 1000
+    seed: NonNegativeInt = 0
+    solution: Literal["answer", "steps"] = "answer"
+    """What SFT imitates: the bare answer, or the worked steps and the answer (arithmetic chains only)."""
+
+
+class PluginSource(Strict):
+    """A loader that a plugin registered."""
+
+    kind: Literal["plugin"] = "plugin"
+    name: str
+    options: dict[str, Any] = {}
+
+
+Source = Annotated[JsonlSource | HuggingFaceSource | ReasoningGymSource | PluginSource, Field(discriminator="kind")]
+
+
+class FieldsConfig(Strict):
+    """Which column of the source is which part of an example."""
+
+    id: str | None = None
+    """Defaults to a hash of the prompt."""
+    prompt: str = "prompt"
+    messages: str | None = None
+    """A column of chat messages (`[{"role": …, "content": …}]`), used instead of `prompt`."""
+    target: str | None = None
+    answer: str | None = None
+
+
+class DatasetConfig(Strict):
+    name: Name
+    """Experiments that name the same dataset share one asset, and must agree on its settings."""
+    train: Source
+    test: Source | None = None
+    """A test set of its own; without one, `held_out` of the train source is split off by a hash of the example."""
+    held_out: Fraction = 0.1
+    fields: FieldsConfig = FieldsConfig()
+    max_prompt_chars: PositiveInt = 20_000
+    """Longer prompts are set aside (the length filter in tokens is `max_prompt_tokens` of the training sections)."""
+    max_bad_rows: Fraction = 0.01
+    """Share of rows that may be set aside before the asset fails."""
+    deduplicate: bool = True
+    limit: PositiveInt | None = None
+    """Keep the first so many examples of each split."""
+
+
+class PromptConfig(Strict):
+    """How an example becomes text for the model."""
+
+    system: str | None = None
+    template: str = "{prompt}"
+    """Around the example's prompt; `{prompt}` stands for it."""
+    chat: bool = True
+    """Apply the tokenizer's chat template; off for base models and bare completion."""
+    chat_template_args: dict[str, str | bool | int] = {}
+    """Passed to the chat template, for instance `enable_thinking: false`."""
+
+    @model_validator(mode="after")
+    def _placeholder(self) -> "PromptConfig":
+        if "{prompt}" not in self.template:
+            raise ValueError("template: must contain {prompt}")
+        if self.system is not None and not self.chat:
+            raise ValueError("system: needs chat: true; put the text into template instead")
+        return self
+
+
+# ---- model ---------------------------------------------------------------------------------------------------------
+
+
+class PretrainedModel(Strict):
+    kind: Literal["pretrained"] = "pretrained"
+    path: str
+    """A hub id or a local folder in mlx-lm's or Hugging Face's layout, quantised or not."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class ScratchModel(Strict):
+    """Random weights of an mlx-lm architecture, and a byte-level BPE tokenizer trained on the dataset."""
+
+    kind: Literal["scratch"] = "scratch"
+    architecture: str = "llama"
+    vocab_size: Annotated[int, Field(ge=260)] = 512
+    hidden_size: PositiveInt = 128
+    intermediate_size: PositiveInt = 384
+    num_hidden_layers: PositiveInt = 4
+    num_attention_heads: PositiveInt = 4
+    num_key_value_heads: PositiveInt = 4
+    max_position_embeddings: PositiveInt = 2048
+    extra: dict[str, Any] = {}
+    """Further fields of the architecture's configuration."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "ScratchModel":
+        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("hidden_size must divide by num_attention_heads, and that by num_key_value_heads")
+        return self
+
+
+Model = Annotated[PretrainedModel | ScratchModel, Field(discriminator="kind")]
+
+
+class FullAdapter(Strict):
+    """Every weight is trained."""
+
+    kind: Literal["full"] = "full"
+
+
+class LoraAdapter(Strict):
+    """Low-rank adapters (arXiv:2106.09685); over a quantised model this is QLoRA."""
+
+    kind: Literal["lora", "dora"] = "lora"
+    rank: PositiveInt = 16
+    scale: PositiveFloat = 2.0
+    """Factor on the adapter's output (alpha / rank elsewhere)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    layers: Annotated[int, Field(ge=-1)] = -1
+    """How many of the last blocks carry adapters; -1 for all."""
+    keys: tuple[str, ...] | None = None
+    """Which linear layers of a block; all of them where absent."""
+
+
+Adapter = Annotated[FullAdapter | LoraAdapter, Field(discriminator="kind")]
+
+
+# ---- optimisation --------------------------------------------------------------------------------------------------
+
+
+class OptimizerConfig(Strict):
+    kind: Literal["adamw", "lion", "adafactor"] = "adamw"
+    weight_decay: NonNegativeFloat = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: PositiveFloat = 1e-8
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up; linear and cosine end at `final_fraction` of the learning rate."""
+    warmup_steps: NonNegativeInt = 0
+    final_fraction: Fraction = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this global norm, computed in float32."""
+
+
+class CheckpointConfig(Strict):
+    save_every: Annotated[PositiveInt, MAY_CHANGE] = 50
+    keep_last: Annotated[PositiveInt, MAY_CHANGE] = 2
+    keep_every: Annotated[PositiveInt | None, MAY_CHANGE] = None
+    """Also keep each checkpoint whose step is a multiple of this."""
+    best_metric: str | None = None
+    """A metric's name; the checkpoint with its best value is kept and published. None publishes the last."""
+    best_mode: Literal["max", "min"] = "max"
+
+
+class TrainingConfig(Strict):
+    """What every training stage has."""
+
+    steps: Annotated[PositiveInt, MAY_CHANGE] = 100
+    learning_rate: PositiveFloat = 1e-6
+    optimizer: OptimizerConfig = OptimizerConfig()
+    adapter: Adapter = FullAdapter()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    max_prompt_tokens: PositiveInt = 512
+    """Examples with longer prompts are left out, and counted."""
+    gradient_checkpointing: bool = False
+    max_nonfinite_steps: Annotated[PositiveInt, MAY_CHANGE] = 3
+    """So many skipped steps in a row (loss or gradient not finite) stop the run."""
+    tokens_per_microbatch: Annotated[PositiveInt | None, MAY_CHANGE] = None
+    """Padded tokens of one forward and backward pass; None takes what the device's memory allows. Changes no result."""
+
+
+class SFTConfig(TrainingConfig):
+    learning_rate: PositiveFloat = 2e-5
+    batch_size: PositiveInt = 32
+    """Sequences of one optimizer step."""
+    max_length: PositiveInt = 1024
+    """Prompt and target; longer ones are left out, and counted."""
+    neftune_alpha: NonNegativeFloat = 0.0
+    """Noise on the input embeddings (arXiv:2310.05914); 0 is off."""
+    packing: bool = False
+    """Several examples in a row of `max_length`, with attention that doesn't cross them."""
+    validation_every: PositiveInt | None = 50
+    """Steps between validation losses on the held-out split; None never."""
+    validation_examples: PositiveInt = 128
+
+
+class SamplingConfig(Strict):
+    """How completions are drawn."""
+
+    temperature: NonNegativeFloat = 1.0
+    """0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: NonNegativeInt = 0
+    """0 is off."""
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    max_tokens: PositiveInt = 256
+
+    @property
+    def truncates(self) -> bool:
+        """Some tokens can't be drawn although the policy gives them probability."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+
+class ImportanceCorrection(Strict):
+    """Weights for the difference between the sampling and the training distribution (truncated importance sampling)."""
+
+    level: Literal["token", "sequence"] = "token"
+    mode: Literal["truncate", "mask"] = "truncate"
+    low: NonNegativeFloat = 0.0
+    high: PositiveFloat = 3.0
+
+
+class PolicyConfig(TrainingConfig):
+    """What GRPO and PPO share: rollouts, clipping, KL."""
+
+    prompts_per_step: PositiveInt = 16
+    """P: prompts of one rollout."""
+    sampling: SamplingConfig = SamplingConfig()
+    order: Literal["sequential", "shuffled", "weighted", "by_length"] = "shuffled"
+    """How examples follow each other; `weighted` reads the dataset's `weight` column."""
+    epochs: PositiveInt = 1
+    """Passes over each rollout."""
+    minibatches: PositiveInt = 1
+    """Optimizer steps of one pass."""
+    clip_range: PositiveFloat = 0.2
+    """Ratios below 1 - clip_range stop pushing down."""
+    clip_range_high: PositiveFloat | None = None
+    """Ratios above 1 + clip_range_high stop pushing up; None takes clip_range (0.28 is DAPO's clip-higher)."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound on the loss of bad completions at large ratios (arXiv:1912.09729); 3 is usual."""
+    aggregation: Literal["token_mean", "sequence_mean", "dr_grpo"] = "token_mean"
+    """How token losses become one number, over the whole optimizer step."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight of the KL penalty to the reference; 0 never loads the reference."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coef: NonNegativeFloat = 0.0
+    importance_correction: ImportanceCorrection | None = None
+    mask_truncated: bool = False
+    """Leave completions that were cut at the token limit out of the loss (DAPO's overlong filtering)."""
+    ref_refresh_every: PositiveInt | None = None
+    """Steps after which the reference becomes the current policy; None keeps it for ever."""
+    watchdog: "WatchdogConfig" = Field(default_factory=lambda: WatchdogConfig())
+    eval_every: PositiveInt | None = None
+    """Steps between greedy accuracies on the held-out split during training; None never."""
+    eval_examples: PositiveInt = 64
+
+    @model_validator(mode="after")
+    def _sampling_is_trainable(self) -> "PolicyConfig":
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature: 0 is greedy, so a group's completions are equal; 1.0 is usual")
+        if self.sampling.truncates and self.importance_correction is None:
+            raise ValueError(
+                "sampling: top_p, top_k and min_p draw from another distribution than the one that is trained; "
+                "turn them off, or set importance_correction"
+            )
+        return self
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.epochs * self.minibatches
+
+
+class WatchdogConfig(Strict):
+    """When a run is named as not learning."""
+
+    patience: PositiveInt = 20
+    """Steps in a row that a symptom must last."""
+    stop: Annotated[bool, MAY_CHANGE] = False
+    """Stop the run, rather than warn."""
+    min_entropy: NonNegativeFloat = 0.01
+    max_truncated: Fraction = 0.9
+    max_logprob_difference: PositiveFloat = 0.1
+    """Mean absolute difference between the sampler's and the trainer's log-probabilities, in nats."""
+    max_value_loss: PositiveFloat = 100.0
+
+
+class GRPOConfig(PolicyConfig):
+    """Group-relative policy optimisation (arXiv:2402.03300). A preset is values of these fields and nothing else."""
+
+    algorithm: Literal["grpo"] = "grpo"
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Completions sampled for each prompt (G)."""
+    advantage: Literal["group_mean", "leave_one_out", "reinforce_plus_plus_baseline", "opo"] = "group_mean"
+    """The baseline that a completion's reward is compared with."""
+    scale_advantages: Literal["group", "batch", "none"] = "group"
+    """Which standard deviation divides the advantages (Dr. GRPO: none)."""
+    reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    loss: Literal["clip", "cispo", "sapo", "reinforce"] = "clip"
+    ratio_level: Literal["token", "sequence"] = "token"
+    """`sequence` is GSPO's (arXiv:2507.18071)."""
+    dynamic_sampling: NonNegativeInt = 0
+    """Rollout rounds that may be added to a step to replace groups without signal (DAPO); 0 drops them only."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: Any) -> Any:
+        """`preset: dapo` fills the fields that the YAML leaves out."""
+        if not isinstance(data, dict) or "preset" not in data:
+            return data
+        name = data["preset"]
+        if name not in GRPO_PRESETS:
+            raise ValueError(f"preset: unknown {name!r}; there are {sorted(GRPO_PRESETS)}")
+        return GRPO_PRESETS[name] | {key: value for key, value in data.items() if key != "preset"}
+
+    @model_validator(mode="after")
+    def _rules(self) -> "GRPOConfig":
+        if self.prompts_per_step < 2:
+            raise ValueError("prompts_per_step: an update from one prompt is noise; set at least 2, 8 is a good start")
+        if self.minibatches > self.prompts_per_step:
+            raise ValueError(
+                f"minibatches: {self.minibatches} of {self.prompts_per_step} prompts; a minibatch holds whole groups"
+            )
+        explicit = self.model_fields_set
+        if self.loss != "clip" and "dual_clip" in explicit and self.dual_clip is not None:
+            raise ValueError(f"dual_clip: has no effect with loss: {self.loss}")
+        if self.loss in ("sapo", "reinforce") and {"clip_range", "clip_range_high"} & explicit:
+            raise ValueError(f"clip_range: has no effect with loss: {self.loss}; leave it out")
+        if (
+            self.loss == "clip"
+            and self.updates_per_step == 1
+            and {"clip_range", "clip_range_high", "dual_clip"} & explicit
+        ):
+            raise ValueError(
+                "clip_range: with epochs: 1 and minibatches: 1 the ratio is exactly 1 and the clip never acts; "
+                "raise epochs or minibatches, or leave the clip ranges out"
+            )
+        return self
+
+
+GRPO_PRESETS: dict[str, dict[str, Any]] = {
+    "grpo": {"aggregation": "sequence_mean"},
+    "dr_grpo": {"aggregation": "dr_grpo", "scale_advantages": "none"},
+    "dapo": {
+        "clip_range": 0.2,
+        "clip_range_high": 0.28,
+        "minibatches": 2,
+        "dynamic_sampling": 2,
+        "mask_truncated": True,
+    },
+    "gspo": {
+        "ratio_level": "sequence",
+        "aggregation": "sequence_mean",
+        "clip_range": 3e-4,
+        "clip_range_high": 4e-4,
+        "minibatches": 2,
+    },
+    "rloo": {"advantage": "leave_one_out", "scale_advantages": "none", "loss": "reinforce"},
+    "cispo": {"loss": "cispo", "clip_range_high": 4.0, "minibatches": 2},
+}
+
+
+class CriticConfig(Strict):
+    kind: Literal["head", "separate"] = "head"
+    """A value head on the policy's trunk, or a critic model of its own; both start at zero."""
+    learning_rate: PositiveFloat = 1e-5
+    optimizer: OptimizerConfig = OptimizerConfig()
+    warmup_steps: NonNegativeInt = 0
+    """First steps that train the critic alone."""
+    value_clip_range: PositiveFloat | None = 0.2
+    coef: PositiveFloat = 0.5
+    """Weight of the value loss on the shared trunk (kind `head`)."""
+
+
+class PPOConfig(PolicyConfig):
+    """Proximal policy optimisation with a critic (arXiv:1707.06347) and GAE (arXiv:1506.02438)."""
+
+    algorithm: Literal["ppo"] = "ppo"
+    completions_per_prompt: PositiveInt = 1
+    gamma: Fraction = 1.0
+    gae_lambda: Fraction = 0.95
+    whiten_advantages: bool = True
+    kl_in: Literal["reward", "loss"] = "reward"
+    kl_target: PositiveFloat | None = None
+    """Adaptive KL controller (arXiv:1909.08593): the KL it steers to; None keeps kl_coef fixed."""
+    kl_horizon: PositiveInt = 10_000
+    max_approx_kl: PositiveFloat | None = None
+    """Leave the remaining epochs of a rollout out once the policy has moved so far (k3, nats a token)."""
+    critic: CriticConfig = CriticConfig()
+    epochs: PositiveInt = 2
+    minibatches: PositiveInt = 2
+
+
+# ---- judging -------------------------------------------------------------------------------------------------------
+
+
+class RewardConfig(Plugin):
+    weight: float = 1.0
+    """0 makes it a metric."""
+
+
+class EvaluationConfig(Strict):
+    """One benchmark; each stage of the experiment gets a report of it."""
+
+    benchmark: str
+    """A registered evaluator: held_out, gsm8k, …"""
+    name: Name | None = None
+    """Asset and report name; the benchmark's where absent."""
+    limit: PositiveInt | None = None
+    """First so many items; None for all."""
+    sampling: SamplingConfig = SamplingConfig(temperature=0.0, max_tokens=512)
+    samples: PositiveInt = 1
+    """Completions an item."""
+    batch_size: PositiveInt = 128
+    """Rows generated at once."""
+    options: dict[str, Any] = {}
+
+    @property
+    def key(self) -> str:
+        return self.name or self.benchmark
+
+
+class NightlyConfig(Strict):
+    cron: str = "0 2 * * *"
+    timezone: str = "UTC"
+    benchmarks: tuple[str, ...] | None = None
+    """Names of evaluations; None for all."""
+
+    @model_validator(mode="after")
+    def _known_zone(self) -> "NightlyConfig":
+        if self.timezone not in available_timezones():
+            raise ValueError(f"timezone: {self.timezone!r} is not an IANA time zone such as Europe/Berlin")
+        return self
+
+
+class MonitoringConfig(Strict):
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "mlx-rl-trainer"
+    log_samples: PositiveInt = 8
+    """Completions kept in the metadata of each checkpoint."""
+
+
+class ExperimentConfig(Strict):
+    """One experiment: data, model, stages, judging."""
+
+    name: Name
+    """The file's stem; also the asset group, the key prefix and the job."""
+    description: str = ""
+    seed: NonNegativeInt = 0
+    plugins: tuple[str, ...] = ()
+    """Modules or `.py` files (relative to the YAML) that register rewards, evaluators, loaders and algorithms."""
+    dataset: DatasetConfig
+    prompt: PromptConfig = PromptConfig()
+    model: Model
+    sft: SFTConfig | None = None
+    grpo: GRPOConfig | None = None
+    ppo: PPOConfig | None = None
+    rewards: tuple[RewardConfig, ...] = ()
+    evaluations: tuple[EvaluationConfig, ...] = ()
+    nightly: NightlyConfig | None = None
+    monitoring: MonitoringConfig = MonitoringConfig()
+
+    @model_validator(mode="after")
+    def _rules(self) -> "ExperimentConfig":
+        if (self.grpo or self.ppo) and not any(reward.weight for reward in self.rewards):
+            raise ValueError("rewards: grpo and ppo need at least one reward with a weight other than 0")
+        keys = [evaluation.key for evaluation in self.evaluations]
+        if len(set(keys)) != len(keys):
+            raise ValueError(f"evaluations: two share a name in {keys}; set `name`")
+        names = [reward.name for reward in self.rewards]
+        if len(set(names)) != len(names):
+            raise ValueError(f"rewards: a name twice in {names}")
+        if self.nightly and self.nightly.benchmarks and set(self.nightly.benchmarks) - set(keys):
+            raise ValueError(
+                f"nightly.benchmarks: {sorted(set(self.nightly.benchmarks) - set(keys))} are not in evaluations {keys}"
+            )
+        if self.sft and not self.dataset.fields.target and self.dataset.train.kind in ("jsonl", "huggingface"):
+            raise ValueError("dataset.fields.target: sft needs the column that it imitates")
+        if isinstance(self.model, ScratchModel) and self.sft is None:
+            raise ValueError("sft: a model from scratch needs it before reinforcement learning")
+        return self
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The models that are evaluated, in order: the untrained base, then each trained stage."""
+        return ("base", *(stage for stage in ("sft", "grpo", "ppo") if getattr(self, stage) is not None))

@@ -1,0 +1,182 @@
+"""The device MLX runs on, and what must be so before and after its first import. The one place for that.
+
+On Linux without a GPU, MLX's wheel calls a reference BLAS of 2 GFLOP/s; a faster one has to be in the process before `mlx.core`
+is loaded, so nothing here imports MLX at the top. Left out: choosing among several GPUs, and NUMA.
+"""
+
+import ctypes
+import ctypes.util
+import os
+import platform
+import shutil
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+DeviceChoice = Literal["auto", "cpu", "gpu"]
+Kind = Literal["cpu", "metal", "cuda"]
+
+SLOW_GFLOPS = 8.0
+"""The reference BLAS gives 2, the slowest fast one measured under full load 20."""
+CPU_CACHE_BYTES = 4 << 30
+FIX = "install a fast BLAS: `pip install 'mlx-rl-trainer[cpu]'` (x86-64) or `apt install libopenblas0-pthread`"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What `prepare` found and set."""
+
+    kind: Kind
+    name: str
+    """The chip's name, where MLX gives one."""
+    blas: str
+    """The preloaded library, `accelerate`, `device`, or `reference` (slow)."""
+    gflops: float
+    """Measured float32 matmul rate; 0 where it was not measured (GPU)."""
+    compiles: bool
+    """`mx.compile` fuses: always on a GPU, on Linux CPU where g++ is on the path."""
+    dtype: Literal["float32", "bfloat16"]
+    """What weights are best held in: half precision is 3 to 15 times slower than float32 on the CPU backend."""
+    memory_bytes: int
+    """What arrays may fill."""
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.kind != "cpu"
+
+
+@cache
+def preload_blas() -> str | None:
+    """Load a fast BLAS into the process, so that MLX's CPU library binds to it; its path, or None where none was found or needed.
+
+    Must run before the first `import mlx.core`; afterwards it only warns. Does nothing off Linux.
+    """
+    if platform.system() != "Linux":
+        return None
+    present = _mapped_blas()
+    if present is not None:
+        return present
+    library = _find_blas()
+    if library is None:
+        return None
+    if "mlx.core" in sys.modules:
+        warnings.warn(
+            "mlx was imported before mlx_ops, so a fast BLAS can't take effect; import mlx_ops first", stacklevel=2
+        )
+        return None
+    _limit_threads(ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL))
+    return library
+
+
+@cache
+def prepare(device: DeviceChoice = "auto") -> Backend:
+    """Choose the device, set MLX's limits for it, and say what was found. Idempotent.
+
+    `ValueError` where a GPU is asked for and there is none. Warns, with the fix, where matmul is slow.
+    """
+    library = preload_blas()
+    import mlx.core as mx
+
+    kind = _choose(device)
+    if kind == "cpu":
+        mx.set_default_device(mx.cpu)
+        mx.set_cache_limit(min(CPU_CACHE_BYTES, _ram_bytes() // 4))
+        return _cpu(library)
+    mx.set_default_device(mx.gpu)
+    information = mx.device_info()
+    memory = _gpu_memory(information)
+    if kind == "metal":
+        mx.set_wired_limit(memory)
+    return Backend(kind, str(information.get("device_name", kind)), "device", 0.0, True, "bfloat16", memory)
+
+
+def measure_matmul(size: int = 384, repeats: int = 5) -> float:
+    """GFLOP/s of a float32 (size, size) matmul on the default device: the best of `repeats`."""
+    import mlx.core as mx
+
+    a = mx.random.normal((size, size), key=mx.random.key(0))
+    mx.eval(a)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        mx.eval(a @ a)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds) / 1e9
+
+
+def _cpu(library: str | None) -> Backend:
+    import mlx.core as mx
+
+    accelerated = platform.system() == "Darwin"
+    gflops = measure_matmul()
+    if gflops < SLOW_GFLOPS:
+        reason = f"{library} is loaded and did not help" if library else FIX
+        warnings.warn(f"matmul runs at {gflops:.1f} GFLOP/s, 10 to 50 times below this CPU; {reason}", stacklevel=3)
+    blas = "accelerate" if accelerated else library or "reference"
+    name = str(mx.device_info().get("device_name", platform.processor()))
+    compiles = accelerated or shutil.which("g++") is not None
+    return Backend("cpu", name, blas, gflops, compiles, "float32", int(0.8 * _ram_bytes()))
+
+
+def _choose(device: DeviceChoice) -> Kind:
+    import mlx.core as mx
+
+    gpu: Kind | None = "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else None
+    if device == "gpu" and gpu is None:
+        raise ValueError(
+            "device gpu: this MLX has none; install `mlx` on a Mac, `mlx[cuda13]` beside an NVIDIA driver, or use cpu"
+        )
+    return "cpu" if device == "cpu" or gpu is None else gpu
+
+
+def _gpu_memory(information: Any) -> int:
+    keys = ("max_recommended_working_set_size", "total_memory", "memory_size")
+    sizes = [int(information[key]) for key in keys if information.get(key)]
+    return int(0.9 * sizes[0]) if sizes else _ram_bytes() // 2
+
+
+def _ram_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _mapped_blas() -> str | None:
+    """A fast BLAS that is in the process already, by LD_PRELOAD for instance."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    paths = {line.split()[-1] for line in lines if "/" in line}
+    names = sorted(
+        path for path in paths if Path(path).name.startswith(("libmkl_rt", "libopenblas.so", "libopenblas-r"))
+    )
+    return names[0] if names else None
+
+
+def _find_blas() -> str | None:
+    """System OpenBLAS, else the `mkl` wheel of the running environment."""
+    system = ctypes.util.find_library("openblas")
+    if system is not None:
+        return system
+    wheels = sorted(Path(sys.prefix, "lib").glob("libmkl_rt.so*"))
+    return str(wheels[-1]) if wheels else None
+
+
+def _limit_threads(library: ctypes.CDLL) -> None:
+    """No more threads than this process may use. Never raises the number: OPENBLAS_NUM_THREADS and MKL_NUM_THREADS stand."""
+    names = (("openblas_get_num_threads", "openblas_set_num_threads"), ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"))
+    for get, put in names:
+        if hasattr(library, get) and getattr(library, get)() > _usable_cores():
+            getattr(library, put)(_usable_cores())
+
+
+def _usable_cores() -> int:
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))

@@ -1,0 +1,199 @@
+"""What GRPO and PPO share: rollouts as rows, rows as microbatches, teacher-forced scores, the reference.
+
+P prompts, G completions each, B = P·G rows in group order, T completion tokens.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from configs.schema import PolicyConfig
+from mlx_ops.batching import Rollout, TokenRows, pad_floats, token_rows
+from mlx_ops.forward import score
+from mlx_ops.losses import aggregation_weights
+from mlx_ops.microbatches import plan
+from mlx_ops.model import snapshot
+
+Floats = Sequence[float] | np.ndarray
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rollout as an update sees it."""
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    sampler_logprobs: Floats  # T
+    advantages: Floats  # T, one a token
+    counts: bool
+    """Stands in the loss; a completion that was cut may be left out of it."""
+    old_logprobs: Floats | None = None  # T
+    ref_logprobs: Floats | None = None  # T
+    old_values: Floats | None = None  # T
+    returns: Floats | None = None  # T
+
+
+@dataclass(frozen=True)
+class PolicyBatch:
+    """What a policy-gradient loss needs of B rollouts."""
+
+    rows: TokenRows
+    completion_mask: mx.array  # (B, T) 1 where a sampled token counts
+    weights: mx.array  # (B, T) share of each token in the loss of the whole optimizer step
+    advantages: mx.array  # (B, T)
+    sampler_logprobs: mx.array  # (B, T) of the distribution that was sampled
+    old_logprobs: mx.array | None  # (B, T) under the policy that sampled, teacher-forced; None: this is that policy
+    ref_logprobs: mx.array | None  # (B, T) under the frozen reference
+    old_values: mx.array | None  # (B, T) the critic's estimates before the update
+    returns: mx.array | None  # (B, T)
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Denominators of one optimizer step, over all of its rows, those without signal too."""
+
+    tokens: int
+    rows: int
+
+
+def make_row(rollout: Rollout, advantages: Floats, *, mask_truncated: bool) -> Row:
+    """A judged rollout as a row; `advantages` holds one number a token."""
+    completion = rollout.completion
+    counts = not (mask_truncated and completion.truncated)
+    return Row(rollout.prompt_tokens, completion.tokens, completion.logprobs, advantages, counts)
+
+
+def totals(rows: Sequence[Row]) -> StepTotals:
+    """The denominators of an optimizer step over these rows."""
+    return StepTotals(max(sum(len(row.tokens) for row in rows if row.counts), 1), max(len(rows), 1))
+
+
+def microbatches(
+    rows: Sequence[Row],
+    totals: StepTotals,
+    *,
+    aggregation: Literal["token_mean", "sequence_mean", "dr_grpo"],
+    max_tokens: int,
+    token_budget: int,
+) -> list[PolicyBatch]:
+    """The rows cut by a budget of padded tokens; the losses of the parts add up to that of the whole."""
+    return [
+        _policy_batch([rows[index] for index in part], totals, aggregation, max_tokens)
+        for part in _cut(rows, token_budget)
+    ]
+
+
+def _cut(rows: Sequence[Row], token_budget: int) -> list[list[int]]:
+    prompts, index = _distinct(rows)
+    return plan([len(p) for p in prompts], index, [len(row.tokens) for row in rows], token_budget=token_budget)
+
+
+def _distinct(rows: Sequence[Row]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """The different prompts in order of appearance, and which of them each row continues."""
+    places: dict[tuple[int, ...], int] = {}
+    index = [places.setdefault(row.prompt, len(places)) for row in rows]
+    return list(places), index
+
+
+def as_token_rows(rows: Sequence[Row]) -> TokenRows:
+    prompts, index = _distinct(rows)
+    return token_rows(prompts, [row.tokens for row in rows], index)
+
+
+def _policy_batch(rows: Sequence[Row], step: StepTotals, aggregation: str, max_tokens: int) -> PolicyBatch:
+    tokens = as_token_rows(rows)
+    mask = tokens.completion_mask * mx.array([[float(row.counts)] for row in rows])
+    weights = aggregation_weights(
+        mask,
+        aggregation,  # pyright: ignore[reportArgumentType]
+        total_tokens=step.tokens,
+        total_rows=step.rows,
+        max_length=max_tokens,
+    )
+
+    def padded(pick: Callable[[Row], Floats | None]) -> mx.array | None:
+        columns = [pick(row) for row in rows]
+        kept = [column for column in columns if column is not None]
+        return pad_floats(kept, mask.shape[1]) if len(kept) == len(rows) else None
+
+    return PolicyBatch(
+        tokens,
+        mask,
+        weights,
+        pad_floats([row.advantages for row in rows], mask.shape[1]),
+        pad_floats([row.sampler_logprobs for row in rows], mask.shape[1]),
+        padded(lambda row: row.old_logprobs),
+        padded(lambda row: row.ref_logprobs),
+        padded(lambda row: row.old_values),
+        padded(lambda row: row.returns),
+    )
+
+
+def score_rows(model: nn.Module, rows: Sequence[Row], *, temperature: float, token_budget: int) -> list[np.ndarray]:
+    """The log-probabilities of each row's tokens under the model, teacher-forced, in float32 and in the rows' order."""
+
+    def logprobs(batch: TokenRows) -> mx.array:
+        return score(model, batch, temperature=temperature)[0]
+
+    return evaluate_rows(logprobs, rows, token_budget)
+
+
+def evaluate_rows(
+    function: Callable[[TokenRows], mx.array], rows: Sequence[Row], token_budget: int
+) -> list[np.ndarray]:
+    """One number a completion token, (B, T) at a time and without a gradient; each row's own length comes back."""
+    results: dict[int, np.ndarray] = {}
+    for part in _cut(rows, token_budget):
+        values = np.array(function(as_token_rows([rows[index] for index in part])))
+        results |= {index: values[place, : len(rows[index].tokens)] for place, index in enumerate(part)}
+    return [results[index] for index in range(len(rows))]
+
+
+def with_old_logprobs(model: nn.Module, rows: Sequence[Row], config: PolicyConfig, budget: int) -> list[Row]:
+    """The rows with the log-probabilities of the policy that sampled, where more than one update needs them."""
+    if config.updates_per_step == 1:
+        return list(rows)
+    scored = score_rows(model, rows, temperature=config.sampling.temperature, token_budget=budget)
+    return [replace(row, old_logprobs=old) for row, old in zip(rows, scored, strict=True)]
+
+
+class Reference:
+    """The frozen start of the policy: its trainable weights as they were, swapped in while it scores.
+
+    With adapters these are the adapters at their start, which add exactly nothing: the reference is the base model. For
+    a full model they are a frozen copy, shared with the policy until its weights move.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.weights = snapshot(model)
+
+    def refresh(self, model: nn.Module) -> None:
+        """Make the policy as it stands the reference."""
+        self.weights = snapshot(model)
+
+    @contextmanager
+    def in_place_of(self, model: nn.Module) -> Iterator[None]:
+        """The model computes as the reference inside the block."""
+        current = snapshot(model)
+        model.update(self.weights)
+        try:
+            yield
+        finally:
+            model.update(current)
+
+    def score(self, model: nn.Module, rows: Sequence[Row], config: PolicyConfig, budget: int) -> list[Row]:
+        """The rows with the reference's log-probabilities."""
+        with self.in_place_of(model):
+            scored = score_rows(model, rows, temperature=config.sampling.temperature, token_budget=budget)
+        return [replace(row, ref_logprobs=ref) for row, ref in zip(rows, scored, strict=True)]
+
+
+def split_groups(groups: int, parts: int, order: np.random.Generator) -> list[list[int]]:
+    """Group indices shuffled and cut into `parts` minibatches of whole groups, as even as can be."""
+    shuffled = order.permutation(groups).tolist()
+    return [part.tolist() for part in np.array_split(shuffled, parts)]

@@ -1,0 +1,157 @@
+"""The loop that SFT, GRPO and PPO share: where a batch comes from and what its loss is are the subclass's two methods.
+
+It knows no file, no sink and no tokenizer: what it needs is handed in.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.optimizers import Optimizer
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_ops.batching import Tree
+
+Batch = TypeVar("Batch")
+Metrics = dict[str, float]
+SUMS = ("tokens", "skipped_updates")
+Report = Callable[[int, Metrics], None]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When an update is held back."""
+
+    max_grad_norm: float = 1.0
+    max_nonfinite_steps: int = 3
+
+
+def no_metrics(step: int) -> Metrics:  # noqa: ARG001 (the shape of an evaluation)
+    """An evaluation that looks at nothing."""
+    return {}
+
+
+class BaseTrainer(ABC, Generic[Batch]):
+    """A subclass writes `collect` and `loss`."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, *, seed: int, limits: Limits) -> None:
+        self.model, self.optimizer, self.seed, self.limits = model, optimizer, seed, limits
+        self.completed = 0
+        self.resting = True
+        """The weights are those of `completed` steps, `committed` is the state after them, and they are reported."""
+        self.committed: dict[str, Any] = {}
+        self.nonfinite_in_a_row = 0
+
+    @abstractmethod
+    def collect(self, step: int) -> tuple[Iterable[Sequence[Batch]], Metrics]:
+        """The minibatches of a step, each as microbatches whose losses add up to the minibatch's, and metrics."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[mx.array, Mapping[str, mx.array]]:
+        """The microbatch's share of the minibatch's loss, and detached metrics that are averaged by `weight`."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs beside weights, optimizer and step; JSON."""
+        return {"nonfinite_in_a_row": self.nonfinite_in_a_row}
+
+    def restore(self, step: int, state: Mapping[str, Any]) -> None:
+        """Go on after `step` completed steps."""
+        self.completed = step
+        self.nonfinite_in_a_row = int(state["nonfinite_in_a_row"])
+
+    def arrays(self) -> dict[str, mx.array]:
+        """What else a checkpoint has to hold, as arrays."""
+        return {}
+
+    def fit(
+        self,
+        steps: int,
+        *,
+        report: Report,
+        save: Callable[[int, Metrics], None],
+        evaluate: Callable[[int], Metrics] = no_metrics,
+        shield: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Train up to `steps` completed steps. An interrupt is held by `shield` while weights or state move."""
+        self.committed = self.state()
+        for step in range(self.completed, steps):
+            started = time.perf_counter()
+            mx.random.seed(self.seed * 1_000_003 + step)
+            minibatches, metrics = self.collect(step)
+            with shield():
+                self.resting = False
+                metrics |= mean_of([self.update(batch) for batch in minibatches])
+            metrics |= evaluate(step + 1)
+            with shield():
+                metrics["seconds/step"] = time.perf_counter() - started
+                report(step + 1, metrics)
+                self.completed, self.committed, self.resting = step + 1, self.state(), True
+            save(self.completed, metrics)
+
+    def update(self, minibatch: Sequence[Batch]) -> Metrics:
+        """One optimizer step over microbatches; one whose loss or gradient is not finite changes nothing and counts."""
+        started = time.perf_counter()
+        gradient = nn.value_and_grad(self.model, self.loss)
+        total, grads, parts = mx.array(0.0), None, []
+        for batch in minibatch:
+            (value, extra), new = gradient(self.model, batch)
+            total = total + value
+            grads = new if grads is None else tree_map(mx.add, grads, new)
+            mx.eval(total, grads, extra)
+            parts.append({name: float(number) for name, number in extra.items()})
+        assert grads is not None, "a minibatch without microbatches"
+        norm = global_norm(grads)
+        finite = bool((mx.isfinite(norm) & mx.isfinite(total)).item())
+        if finite:
+            self._apply(grads, norm)
+        self._count_nonfinite(finite)
+        return {
+            **mean_of(parts),
+            "loss": float(total),
+            "grad_norm": float(norm),
+            "learning_rate": float(self.optimizer.learning_rate),
+            "skipped_updates": float(not finite),
+            "seconds/update": time.perf_counter() - started,
+        }
+
+    def _apply(self, grads: Tree, norm: mx.array) -> None:
+        scale = mx.minimum(self.limits.max_grad_norm / (norm + 1e-6), 1.0)
+        self.optimizer.update(self.model, tree_map(lambda g: (g * scale).astype(g.dtype), grads))
+        mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+
+    def _count_nonfinite(self, finite: bool) -> None:
+        self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
+        if self.nonfinite_in_a_row >= self.limits.max_nonfinite_steps:
+            raise FloatingPointError(
+                f"{self.nonfinite_in_a_row} updates in a row had a loss or gradient that is not finite; "
+                "lower the learning rate, or look at the last samples"
+            )
+
+
+def global_norm(grads: Tree) -> mx.array:
+    """The norm of all gradients together, in float32."""
+    squares = [mx.sum(mx.square(cast(mx.array, g).astype(mx.float32))) for _, g in tree_flatten(grads)]
+    return mx.sqrt(mx.sum(mx.stack(squares)))
+
+
+def mean_of(rows: Sequence[Mapping[str, float]]) -> Metrics:
+    """Means by name, weighted by each row's `tokens`; `_min` and `_max` are extremes, counts and seconds are sums."""
+    names = {name: None for row in rows for name in row}
+    return {name: _combine(name, [row for row in rows if name in row]) for name in names}
+
+
+def _combine(name: str, rows: Sequence[Mapping[str, float]]) -> float:
+    values = [row[name] for row in rows]
+    if name.endswith("_min"):
+        return min(values)
+    if name.endswith("_max"):
+        return max(values)
+    if name.startswith("seconds/") or name in SUMS:
+        return sum(values)
+    weights = [row.get("tokens", 1.0) for row in rows]
+    return sum(w * v for w, v in zip(weights, values, strict=True)) / max(sum(weights), 1.0)

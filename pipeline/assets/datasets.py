@@ -1,0 +1,51 @@
+"""The asset `dataset/<name>`: examples loaded, cleaned, split. Experiments that name the same dataset share it."""
+
+import dagster as dg
+
+from pipeline.catalog import Entry
+from pipeline.guard import long_work
+from pipeline.keys import DATASETS_GROUP, dataset_key
+from pipeline.metadata import folder
+from pipeline.refs import DatasetRef
+from pipeline.resources import RunStore
+from pipeline.versions import dataset_version
+
+PREVIEW = 5
+
+
+def dataset_asset(entry: Entry) -> dg.AssetsDefinition:
+    """The dataset that an experiment names."""
+    config = entry.experiment.dataset
+    version = dataset_version(config)
+
+    @dg.asset(
+        key=dataset_key(config.name),
+        group_name=DATASETS_GROUP,
+        kinds={config.train.kind},
+        code_version=version,
+        description=f"Examples of {config.name}: loaded, cleaned, deduplicated, split.",
+    )
+    def dataset(runs: RunStore) -> dg.MaterializeResult[DatasetRef]:
+        from pipeline.data.store import build_dataset
+
+        directory = runs.dataset_dir(config.name, version)
+        with long_work("nothing was written"):
+            entry.load_plugins()
+            summary = build_dataset(config, directory)
+        ref = DatasetRef(
+            path=runs.relative(directory),
+            sha256=summary.sha256,
+            train=summary.train,
+            test=summary.test,
+            rejected=summary.rejected,
+        )
+        metadata = {
+            "dagster/row_count": ref.train + ref.test,
+            "train": ref.train,
+            "test": ref.test,
+            "rejected": ref.rejected,
+            **folder("dataset_dir", directory),
+        }
+        return dg.MaterializeResult(value=ref, metadata=metadata, data_version=dg.DataVersion(ref.sha256))
+
+    return dataset

@@ -1,0 +1,116 @@
+"""The training op: one for every experiment and stage, bound by configuration (`pipeline.launchpad`)."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import dagster as dg
+
+from configs.loader import digest
+from configs.schema import ExperimentConfig
+from pipeline.catalog import Entry
+from pipeline.guard import long_work
+from pipeline.keys import DEVICE_POOL, model_key
+from pipeline.metadata import final_numbers, folder, made_by, training_metadata
+from pipeline.monitoring import open_reporter
+from pipeline.refs import CheckpointRef, DatasetRef
+from pipeline.resources import MlxResource, RunStore, short_id
+from pipeline.sinks import RunInfo, Sink, read_metrics
+
+if TYPE_CHECKING:
+    from pipeline.train import Stage, Trained
+
+MAX_OBSERVATIONS = 100
+"""Of one run: each costs 10 ms and a row of the run database."""
+
+
+class TrainConfig(dg.Config):
+    """What the launchpad's settings become for the op."""
+
+    stage: Literal["sft", "grpo", "ppo"]
+    experiment: str
+    """JSON of what was set; the defaults are the schema's."""
+    source: str
+    """The experiment's file: plugins are relative to it."""
+
+
+class Observations(Sink):
+    """An observation of the asset every so many steps: its numbers while it is still in training."""
+
+    def __init__(self, context: dg.OpExecutionContext, asset: dg.AssetKey, steps: int) -> None:
+        self._context, self._asset = context, asset
+        self._every = max(1, math.ceil(steps / MAX_OBSERVATIONS))
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        if step % self._every == 0:
+            metadata = final_numbers({"step": step, **metrics})
+            self._context.log_event(dg.AssetObservation(self._asset, metadata=metadata))
+
+
+@dg.op(pool=DEVICE_POOL, retry_policy=dg.RetryPolicy(max_retries=1, delay=1))
+def train(
+    context: dg.OpExecutionContext,
+    config: TrainConfig,
+    start: CheckpointRef,
+    dataset: DatasetRef,
+    runs: RunStore,
+    mlx: MlxResource,
+) -> dg.MaterializeResult[CheckpointRef]:
+    """Train one stage, or go on from the newest checkpoint of the same root run."""
+    entry = Entry(ExperimentConfig.model_validate_json(config.experiment), Path(config.source))
+    experiment = mlx.apply(entry.experiment)
+    directory = runs.run_dir(experiment.name, config.stage, context.run)
+    with long_work(f"what was reached is under {directory}, and a re-execution of the run goes on from there"):
+        entry.load_plugins()
+        trained = _train(context, experiment, config.stage, directory, start, dataset, runs, mlx)
+    ref = CheckpointRef(
+        path=runs.relative(trained.checkpoint),
+        stage=config.stage,
+        step=trained.step,
+        config_digest=digest(getattr(experiment, config.stage)),
+        sha256=trained.sha256,
+    )
+    metadata = {
+        **training_metadata(read_metrics(directory), trained.samples),
+        **folder("checkpoint_dir", trained.checkpoint),
+        **folder("run_dir", directory),
+        **made_by(),
+        "step": trained.step,
+        "seed": experiment.seed,
+    }
+    return dg.MaterializeResult(value=ref, metadata=metadata, data_version=dg.DataVersion(trained.sha256))
+
+
+def _train(
+    context: dg.OpExecutionContext,
+    experiment: ExperimentConfig,
+    stage: "Stage",
+    directory: Path,
+    start: CheckpointRef,
+    dataset: DatasetRef,
+    runs: RunStore,
+    mlx: MlxResource,
+) -> "Trained":
+    from pipeline.train import Job, train_stage
+
+    steps = getattr(experiment, stage).steps
+    info = RunInfo(
+        experiment=experiment.name,
+        stage=stage,
+        run=short_id(context.run),
+        directory=directory,
+        steps=steps,
+        settings=experiment.model_dump(mode="json"),
+    )
+    observations = Observations(context, model_key(experiment.name, stage), steps)
+    with open_reporter(info, experiment.monitoring, [observations]) as reporter:
+        job = Job(
+            experiment=experiment,
+            dataset_dir=runs.locate(dataset.path),
+            start_dir=runs.locate(start.path),
+            run_dir=directory,
+            device=mlx.settings,
+            report=reporter,
+        )
+        return train_stage(job, stage)

@@ -1,0 +1,125 @@
+"""The places that a training's numbers go to, but for the console: `metrics.jsonl` and W&B."""
+
+import json
+import math
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from configs.atomic import write_text
+from configs.schema import MonitoringConfig
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a training is called, and how long it is."""
+
+    experiment: str
+    stage: str
+    run: str
+    """Equal for every retry and re-execution of a run."""
+    directory: Path
+    steps: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The experiment as JSON, for W&B's configuration."""
+
+
+class Sink(ABC):
+    """One place that numbers go to."""
+
+    faults: tuple[type[Exception], ...] = (OSError,)
+    """What it raises when the world outside fails it. Anything else is a bug and stops the run."""
+
+    @abstractmethod
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The metrics of a completed step, counted from 1."""
+
+    def close(self, *, failed: bool) -> None:  # noqa: B027 (most have nothing to close)
+        """Called once, at the end; `failed` says that an error or an interrupt ended the training."""
+
+
+class JsonLines(Sink):
+    """One JSON object a step: `step`, `time` (seconds since 1970) and the metrics; what isn't finite is null."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream: TextIO | None = None
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._stream is None:
+            truncate(self.path, step)
+            self._stream = self.path.open("a", encoding="utf-8")
+        row = {"step": step, "time": round(time.time(), 3)} | {name: _finite(v) for name, v in metrics.items()}
+        # A whole line in one write: a reader, or a crash, never sees two rows mixed.
+        self._stream.write(json.dumps(row, allow_nan=False) + "\n")
+        self._stream.flush()
+
+    def close(self, *, failed: bool) -> None:  # noqa: ARG002
+        if self._stream is not None:
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The rows of a run directory's `metrics.jsonl`, but for a last line that a crash cut short."""
+    path = directory / METRICS
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in _whole_lines(path.read_text(encoding="utf-8"))]
+
+
+def truncate(path: Path, step: int) -> None:
+    """Drop the rows of `step` and later, and a line that a crash cut short."""
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    kept = "".join(line for line in _whole_lines(text) if json.loads(line)["step"] < step)
+    if kept != text:
+        write_text(path, kept)
+
+
+def _whole_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+class WandbSink(Sink):
+    """A W&B run, grouped by experiment and resumed under the same id. Offline it needs no account."""
+
+    def __init__(self, info: RunInfo, config: MonitoringConfig) -> None:
+        import wandb
+
+        self.faults = (OSError, RuntimeError, wandb.Error)
+        # `allow` goes on under the id after a resume; W&B itself refuses steps that it has seen.
+        self._run = wandb.init(
+            project=config.wandb_project,
+            mode="offline" if config.wandb == "offline" else "online",
+            group=info.experiment,
+            job_type=info.stage,
+            name=f"{info.experiment}/{info.stage}/{info.run}",
+            id=f"{info.experiment}-{info.stage}-{info.run}",
+            resume="allow",
+            dir=str(info.directory),
+            config=dict(info.settings),
+            settings=wandb.Settings(silent=True),
+        )
+
+    @property
+    def url(self) -> str | None:
+        return self._run.url
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))

@@ -1,0 +1,382 @@
+"""From settings and folders to a trained model in a folder: where trainers, checkpoints and reports meet."""
+
+import json
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, cast
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from configs.atomic import new_directory
+from configs.loader import changed_fields
+from configs.schema import (
+    ExperimentConfig,
+    GRPOConfig,
+    LoraAdapter,
+    PolicyConfig,
+    PretrainedModel,
+    SamplingConfig,
+    SFTConfig,
+    TrainingConfig,
+)
+from mlx_ops.backend import Backend, prepare
+from mlx_ops.checkpoint import CheckpointStore, Saved, manifest_digest, restore_optimizer
+from mlx_ops.generation import generate
+from mlx_ops.grpo import GRPOTrainer
+from mlx_ops.microbatches import suggest_token_budget
+from mlx_ops.model import (
+    DTYPES,
+    Policy,
+    add_adapter,
+    copy_model,
+    fuse_adapters,
+    load_adapter,
+    load_policy,
+    locate,
+    make_scratch,
+    write_adapter,
+    write_model,
+)
+from mlx_ops.optimizers import make_optimizer
+from mlx_ops.prompts import completion_text, prompt_text
+from mlx_ops.rollout import Sampler, judge, make_tasks
+from mlx_ops.sft import SFTTrainer, make_pairs
+from mlx_ops.trainer import BaseTrainer, Metrics
+from pipeline.data.samplers import make_sampler
+from pipeline.data.store import read_examples
+from pipeline.resources import DeviceSettings
+from pipeline.samples import SampleFiles
+from rewards.base import Example
+from rewards.composer import RewardComposer
+
+log = logging.getLogger(__name__)
+
+Stage = Literal["sft", "grpo", "ppo"]
+Settings = dict[str, Any]
+MAX_TOKEN_BUDGET = 16_384
+"""More padded tokens at once than this gain no speed and delay a cancel."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: what, from where, to where, on what."""
+
+    experiment: ExperimentConfig
+    dataset_dir: Path
+    start_dir: Path
+    """The checkpoint it starts from; its `model/` is loaded."""
+    run_dir: Path
+    device: DeviceSettings
+    report: Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that a stage left."""
+
+    checkpoint: Path
+    """Holds `model/`, and `adapter/` where one was trained."""
+    step: int
+    sha256: str
+    """Of the checkpoint's manifest."""
+    samples: list[dict[str, Any]]
+    """Completions of the last step, the best and the worst rewards."""
+
+
+def make_base(
+    experiment: ExperimentConfig, dataset_dir: Path | None, directory: Path, device: DeviceSettings
+) -> Trained:
+    """The untrained model as a checkpoint folder. One from scratch needs the dataset, for its tokenizer."""
+    prepare(device.device)
+    config = experiment.model
+    with new_directory(directory, {"stage": "base", "step": 0}) as folder:
+        if isinstance(config, PretrainedModel):
+            copy_model(locate(config), folder / "model")
+        else:
+            assert dataset_dir is not None, "a tokenizer from scratch needs a dataset"
+            examples = read_examples(dataset_dir, "train")
+            texts = (prompt_text(e, experiment.prompt) + (e.target or e.answer or "") for e in examples)
+            make_scratch(config, texts, folder / "model", experiment.seed)
+        load_policy(folder / "model")
+    return Trained(directory, 0, manifest_digest(directory), [])
+
+
+def train_stage(job: Job, stage: Stage) -> Trained:
+    """Train one stage, or go on from the newest checkpoint of the run directory that verifies.
+
+    An interrupt leaves a checkpoint of the last completed step and goes on its way.
+    """
+    config: TrainingConfig = getattr(job.experiment, stage)
+    backend = prepare(job.device.device)
+    policy = _load_start(job, config, backend)
+    samples = SampleFiles(job.run_dir / "samples")
+    parts = BUILDERS[stage](job, policy, config, samples, _token_budget(config, policy, backend))
+    run = _Run(job, stage, config, policy, parts.trainer)
+    run.resume()
+    run.fit(parts.evaluate)
+    return publish(run.store.chosen(), job, stage, samples.best_and_worst(job.experiment.monitoring.log_samples))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A stage's trainer and what looks at the model between steps."""
+
+    trainer: BaseTrainer[Any]
+    evaluate: Callable[[int], Metrics]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A trainer in its run directory."""
+
+    job: Job
+    stage: Stage
+    config: TrainingConfig
+    policy: Policy
+    trainer: BaseTrainer[Any]
+
+    @property
+    def store(self) -> CheckpointStore:
+        return CheckpointStore(self.job.run_dir / "checkpoints", self.config.checkpoint)
+
+    def settings(self) -> Settings:
+        """What the result depends on; a resume refuses to go on under other settings."""
+        experiment = self.job.experiment
+        return {
+            "stage": self.stage,
+            "seed": experiment.seed,
+            "config": self.config.model_dump(mode="json"),
+            "prompt": experiment.prompt.model_dump(mode="json"),
+            "rewards": [reward.model_dump(mode="json") for reward in experiment.rewards],
+            "dataset": manifest_digest(self.job.dataset_dir),
+            "start": manifest_digest(self.job.start_dir),
+        }
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint that verifies; `ValueError` lists settings that differ from the run's."""
+        saved, skipped = self.store.newest()
+        for reason in skipped:
+            log.warning("checkpoint passed over: %s", reason)
+        if saved is None:
+            return
+        differing = self._differences(saved.state["settings"])
+        if differing:
+            raise ValueError(
+                f"{self.job.run_dir}: its checkpoint was made with other settings: {', '.join(differing)}; "
+                "set them back, or start a new run"
+            )
+        load_weights(self.policy, self.config, saved.path)
+        restore_optimizer(self.trainer.optimizer, saved.path)
+        self.trainer.restore(saved.step, saved.state["trainer"])
+
+    def fit(self, evaluate: Callable[[int], Metrics]) -> None:
+        every, steps = self.config.checkpoint.save_every, self.config.steps
+
+        def save(step: int, metrics: Metrics) -> None:
+            if step % every == 0 or step == steps or self.config.checkpoint.best_metric in metrics:
+                self.save(metrics)
+
+        try:
+            self.trainer.fit(steps, report=self.job.report, save=save, evaluate=evaluate, shield=held_interrupts)
+        except Exception:
+            raise
+        except BaseException:  # an interrupt: what was reached must not be lost
+            if self.trainer.resting and self.trainer.completed not in self.store.steps():
+                self.save({})
+            raise
+
+    def save(self, metrics: Metrics) -> None:
+        with held_interrupts():
+            self.store.save(
+                self.trainer.completed,
+                write_weights=lambda folder: save_weights(self.policy, self.config, folder),
+                optimizer=self.trainer.optimizer,
+                state={"settings": self.settings(), "trainer": self.trainer.committed},
+                metrics=metrics,
+            )
+
+    def _differences(self, old: Settings) -> list[str]:
+        now = self.settings()
+        others = [name for name in now if name != "config" and old.get(name) != now[name]]
+        return [*others, *(f"{self.stage}.{field}" for field in changed_fields(old["config"], self.config))]
+
+
+def save_weights(policy: Policy, config: TrainingConfig, folder: Path) -> None:
+    """The trained weights: a whole model, or the adapter alone."""
+    if isinstance(config.adapter, LoraAdapter):
+        write_adapter(policy.model, config.adapter, folder / "adapter")
+    else:
+        write_model(policy.model, policy.path, folder / "model")
+
+
+def load_weights(policy: Policy, config: TrainingConfig, folder: Path) -> None:
+    """What `save_weights` wrote, into the model that wrote it."""
+    if isinstance(config.adapter, LoraAdapter):
+        load_adapter(policy.model, folder / "adapter")
+        return
+    for file in sorted((folder / "model").glob("model*.safetensors")):
+        policy.model.load_weights(list(cast(dict[str, mx.array], mx.load(str(file))).items()), strict=False)
+
+
+def publish(saved: Saved, job: Job, stage: Stage, samples: list[dict[str, Any]]) -> Trained:
+    """The chosen checkpoint as a folder of its own that rotation never touches, with adapters fused into `model/`."""
+    path = job.run_dir / "published" / saved.path.name
+    with new_directory(path, {"stage": stage, "step": saved.step}) as folder:
+        if (saved.path / "adapter").is_dir():
+            copy_model(saved.path / "adapter", folder / "adapter")
+            config: TrainingConfig = getattr(job.experiment, stage)
+            policy = load_policy(job.start_dir / "model")
+            add_adapter(policy.model, config.adapter, job.experiment.seed)
+            load_adapter(policy.model, folder / "adapter")
+            fuse_adapters(policy.model)
+            write_model(policy.model, policy.path, folder / "model")
+        else:
+            copy_model(saved.path / "model", folder / "model")
+    return Trained(path, saved.step, manifest_digest(path), samples)
+
+
+def _load_start(job: Job, config: TrainingConfig, backend: Backend) -> Policy:
+    policy = load_policy(job.start_dir / "model", _dtype(job.device, config, backend))
+    add_adapter(policy.model, config.adapter, job.experiment.seed)
+    if config.gradient_checkpointing:
+        from mlx_lm.tuner.trainer import grad_checkpoint
+
+        grad_checkpoint(cast(Any, policy.model).layers[0])
+    return policy
+
+
+def _dtype(device: DeviceSettings, config: TrainingConfig, backend: Backend) -> mx.Dtype | None:
+    """What the weights are held in. A full model trains in float32: in bfloat16 most of a step of 1e-6 rounds away."""
+    if device.dtype != "auto":
+        return DTYPES[device.dtype]
+    return DTYPES[backend.dtype] if isinstance(config.adapter, LoraAdapter) else mx.float32
+
+
+def _token_budget(config: TrainingConfig, policy: Policy, backend: Backend) -> int:
+    if config.tokens_per_microbatch is not None:
+        return config.tokens_per_microbatch
+    settings = json.loads((policy.path / "config.json").read_text(encoding="utf-8"))
+    suggested = suggest_token_budget(
+        backend.memory_bytes,
+        vocabulary=int(settings.get("vocab_size", 32_000)),
+        hidden=int(settings.get("hidden_size", 1024)),
+        layers=len(cast(Any, policy.model).layers),
+    )
+    return min(suggested, MAX_TOKEN_BUDGET)
+
+
+def _build_sft(job: Job, policy: Policy, config: SFTConfig, samples: SampleFiles, token_budget: int) -> Parts:
+    del samples
+    experiment = job.experiment
+    train, validation = (
+        make_pairs(read_examples(job.dataset_dir, split), experiment.prompt, policy.tokenizer, config)[0]
+        for split in ("train", "test")
+    )
+    trainer = SFTTrainer(
+        policy.model,
+        make_optimizer(config.optimizer, config.learning_rate, config.steps),
+        config,
+        pairs=train,
+        validation=validation,
+        take=make_sampler("shuffled", len(train), seed=experiment.seed),
+        token_budget=token_budget,
+        seed=experiment.seed,
+    )
+    return Parts(trainer, trainer.validate)
+
+
+def _build_grpo(job: Job, policy: Policy, config: GRPOConfig, samples: SampleFiles, token_budget: int) -> Parts:
+    sampler = make_rollouts(job, policy, config, config.group_size)
+    trainer = GRPOTrainer(
+        policy.model,
+        make_optimizer(config.optimizer, config.learning_rate, config.steps * config.updates_per_step),
+        config,
+        draw=sampler,
+        weights=sampler.judge.weights,
+        token_budget=token_budget,
+        seed=job.experiment.seed,
+        keep=samples.write,
+    )
+    return Parts(trainer, held_out_reward(job, sampler, config))
+
+
+BUILDERS: dict[str, Callable[..., Parts]] = {"sft": _build_sft, "grpo": _build_grpo}
+
+
+def make_rollouts(job: Job, policy: Policy, config: PolicyConfig, group_size: int) -> Sampler:
+    """The rollouts of a policy on the training examples, judged by the experiment's rewards."""
+    experiment = job.experiment
+    examples = read_examples(job.dataset_dir, "train")
+    composer = RewardComposer.from_config(experiment.rewards)
+    composer.validate(examples)
+    tasks, _ = make_tasks(examples, experiment.prompt, policy.tokenizer, config.max_prompt_tokens)
+    return Sampler(
+        policy=policy,
+        tasks=tasks,
+        take=make_sampler(
+            config.order,
+            len(tasks),
+            seed=experiment.seed,
+            weights=[float(task.example.columns.get("weight", 1.0)) for task in tasks],
+            lengths=[len(task.tokens) for task in tasks],
+        ),
+        sampling=config.sampling,
+        group_size=group_size,
+        judge=composer,
+        seed=experiment.seed,
+    )
+
+
+def held_out_reward(job: Job, sampler: Sampler, config: PolicyConfig) -> Callable[[int], Metrics]:
+    """Now and then the mean reward of greedy completions of held-out examples, as `eval_reward`."""
+    examples: Sequence[Example] = read_examples(job.dataset_dir, "test") if config.eval_every else []
+    policy, greedy = sampler.policy, SamplingConfig(temperature=0.0, max_tokens=config.sampling.max_tokens)
+
+    def evaluate(step: int) -> Metrics:
+        if config.eval_every is None or step % config.eval_every or not examples:
+            return {}
+        tasks, _ = make_tasks(
+            examples[: config.eval_examples], job.experiment.prompt, policy.tokenizer, config.max_prompt_tokens
+        )
+        drawn = generate(
+            policy.model, [task.tokens for task in tasks], sampling=greedy, seeds=[0] * len(tasks), eos=policy.eos
+        )
+        texts = [completion_text(completion.tokens, policy.tokenizer, policy.eos) for completion in drawn]
+        scores = judge(sampler.judge, [task.example for task in tasks], texts, drawn, greedy.max_tokens)
+        totals = [score.total for score in scores if score.total is not None]
+        return {"eval_reward": sum(totals) / len(totals)} if totals else {}
+
+    return evaluate
+
+
+@contextmanager
+def held_interrupts() -> Iterator[None]:
+    """An interrupt that comes inside the block takes effect after it. Only the main thread receives any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (a signal handler's shape)
+        caught.append(number)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if caught:
+        signal.raise_signal(signal.Signals(caught[0]))
+
+
+def parameters(policy: Policy) -> int:
+    """How many numbers the model's weights hold."""
+    return sum(cast(mx.array, array).size for _, array in tree_flatten(policy.model.parameters()))

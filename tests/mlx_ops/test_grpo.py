@@ -1,0 +1,190 @@
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.optimizers import SGD, AdamW
+from mlx.utils import tree_flatten
+
+from configs.schema import LoraAdapter
+from mlx_ops.grpo import GRPOTrainer
+from mlx_ops.model import add_adapter
+from mlx_ops.policy import Reference, make_row, score_rows, totals
+from tests.mlx_ops.bench import groups, grpo_config, rollout
+from tests.mlx_ops.tiny import tiny_model
+
+
+def trainer(model, config, drawn, *, budget=10_000, optimizer=None, seed=0):
+    return GRPOTrainer(
+        model,
+        optimizer or SGD(learning_rate=config.learning_rate),
+        config,
+        draw=lambda position, prompts: (drawn[position : position + prompts], {"seconds/generate": 0.0}),
+        weights={"task": 1.0},
+        token_budget=budget,
+        seed=seed,
+        keep=lambda rows: None,
+    )
+
+
+def step(grpo):
+    """One step; the metrics of its updates."""
+    minibatches, metrics = grpo.collect(0)
+    return metrics, [grpo.update(batch) for batch in minibatches]
+
+
+def weights(model):
+    return np.concatenate([np.array(array).reshape(-1) for _, array in tree_flatten(model.parameters())])
+
+
+def logprob_sums(model, rollouts):
+    rows = [make_row(r, np.zeros(len(r.completion.tokens)), mask_truncated=False) for r in rollouts]
+    return np.array([scored.sum() for scored in score_rows(model, rows, temperature=1.0, token_budget=10_000)])
+
+
+def test_one_step_makes_better_completions_likelier_and_worse_ones_less_likely():
+    model = tiny_model()
+    drawn = [[rollout([5, 6, 7], 1.0), rollout([8, 9, 10], 0.0)], [rollout([11, 12], 0.0), rollout([13], 1.0)]]
+    flat = [r for group in drawn for r in group]
+    before = logprob_sums(model, flat)
+    step(trainer(model, grpo_config(prompts_per_step=2, group_size=2, learning_rate=0.01), drawn))
+    change = logprob_sums(model, flat) - before
+    assert change[0] > 0
+    assert change[1] < 0
+    assert change[2] < 0
+    assert change[3] > 0
+
+
+def test_groups_of_equal_rewards_change_no_weight_and_make_no_update():
+    model = tiny_model()
+    drawn = [[rollout([5, 6, 7], 0.7), rollout([8, 9], 0.7)], [rollout([5], 0.1), rollout([6, 2], 0.1)]]
+    before = weights(model)
+    metrics, updates = step(
+        trainer(model, grpo_config(prompts_per_step=2, group_size=2), drawn, optimizer=AdamW(learning_rate=0.1))
+    )
+    assert updates == []
+    assert metrics["groups_without_signal"] == 1.0
+    assert np.array_equal(weights(model), before)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "dr_grpo"])
+@pytest.mark.parametrize("budget", [1, 150, 10_000], ids=["a row each", "some", "all at once"])
+def test_microbatches_change_no_gradient(aggregation, budget):
+    config = grpo_config(aggregation=aggregation, learning_rate=1.0, optimizer={"max_grad_norm": 1e6})
+    whole, parts = tiny_model(), tiny_model()
+    step(trainer(whole, config, groups()))
+    _, (cut,) = step(trainer(parts, config, groups(), budget=budget))
+    moved = weights(whole) - weights(tiny_model())
+    assert np.abs(moved).max() > 0.01
+    np.testing.assert_allclose(
+        weights(parts) - weights(tiny_model()), moved, rtol=1e-4, atol=1e-5 * np.abs(moved).max()
+    )
+    assert cut["tokens"] == sum(len(r.completion.tokens) for group in groups() for r in group)
+
+
+def test_dead_groups_count_in_the_denominator_but_cost_no_computation():
+    live = [[rollout([5, 6, 7], 1.0), rollout([8, 9, 10], 0.0)]]
+    dead = [[rollout([3, 4, 5], 1.0), rollout([6, 7, 8], 1.0)]]
+    alone = trainer(tiny_model(), grpo_config(prompts_per_step=2, group_size=2), live + dead)
+    rows = [make_row(r, [0.0] * 3, mask_truncated=False) for group in live + dead for r in group]
+    assert totals(rows).tokens == 12
+    (minibatch,), _ = alone.collect(0)
+    assert sum(len(batch.rows.completion_lengths) for batch in minibatch) == 2
+    assert float(sum(batch.weights.sum() for batch in minibatch)) == pytest.approx(6 / 12)
+
+
+def test_several_epochs_move_the_ratio_and_the_clip_acts():
+    config = grpo_config(epochs=4, clip_range=0.02, learning_rate=0.5, optimizer={"max_grad_norm": 10.0})
+    _, updates = step(trainer(tiny_model(), config, groups()))
+    assert len(updates) == 4
+    assert updates[0]["clip_fraction"] == 0.0
+    assert updates[0]["ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    assert updates[-1]["clip_fraction"] > 0
+    assert updates[-1]["ratio_max"] > 1.02
+
+
+def test_minibatches_hold_whole_groups_and_together_all_of_them():
+    minibatches, _ = trainer(tiny_model(), grpo_config(minibatches=2, clip_range=0.2), groups()).collect(0)
+    sizes = [sum(len(batch.rows.completion_lengths) for batch in parts) for parts in minibatches]
+    assert sizes == [8, 8]
+
+
+def test_truncated_completions_are_left_out_of_the_loss_but_stay_in_the_groups_statistics():
+    drawn = [
+        [rollout([5, 6, 7], 1.0), rollout([8, 9, 10], 0.0, truncated=True), rollout([4, 4], 0.0)],
+        [rollout([5, 6], 1.0), rollout([8, 9], 0.0), rollout([3, 3, 3], 0.5)],
+    ]
+    config = grpo_config(prompts_per_step=2, group_size=3, mask_truncated=True)
+    (minibatch,), metrics = trainer(tiny_model(), config, drawn).collect(0)
+    (batch,) = minibatch
+    counted = np.array(batch.completion_mask).sum(axis=1)
+    lengths = np.array(batch.rows.completion_lengths)
+    cut = [place for place, count in enumerate(counted) if count == 0]
+    assert [lengths[place] for place in cut] == [3]
+    # Rewards 1, 0, 0: mean 1/3, unbiased std 0.577.
+    assert float(batch.advantages[0, 0]) == pytest.approx((2 / 3) / (0.57735 + 1e-4), rel=1e-4)
+    assert metrics["truncated"] == pytest.approx(1 / 6)
+
+
+def test_dynamic_sampling_replaces_groups_without_signal_up_to_the_cap():
+    dead = [rollout([5], 1.0), rollout([6], 1.0)]
+    alive = [rollout([7], 1.0), rollout([8], 0.0)]
+    config = grpo_config(prompts_per_step=2, group_size=2, dynamic_sampling=2)
+    grpo = trainer(tiny_model(), config, [dead, alive, dead, alive, alive])
+    _, metrics = grpo.collect(0)
+    assert metrics["groups_replaced"] == 1
+    assert metrics["sampling_rounds"] == 3
+    assert metrics["groups_without_signal"] == 0
+    assert grpo.state()["position"] == 4
+
+
+def test_a_lora_reference_is_the_base_model_exactly():
+    base, model = tiny_model(), tiny_model()
+    add_adapter(model, LoraAdapter(rank=4), seed=0)
+    reference = Reference(model)
+    rows = [make_row(r, np.zeros(len(r.completion.tokens)), mask_truncated=False) for g in groups() for r in g]
+    moved = {name: mx.random.normal(array.shape) for name, array in tree_flatten(model.trainable_parameters())}
+    model.load_weights(list(moved.items()), strict=False)
+    with reference.in_place_of(model):
+        referred = score_rows(model, rows, temperature=1.0, token_budget=10_000)
+    for got, expected in zip(referred, score_rows(base, rows, temperature=1.0, token_budget=10_000), strict=True):
+        assert np.array_equal(got, expected)
+    after = dict(tree_flatten(model.trainable_parameters()))
+    assert all(mx.array_equal(after[name], array) for name, array in moved.items())
+
+
+def test_the_kl_term_pulls_back_to_the_reference():
+    model = tiny_model()
+    drawn = [[rollout([5, 6, 7], 0.5), rollout([8, 9, 10], 0.5)]] * 2
+    config = grpo_config(prompts_per_step=2, group_size=2, kl_coef=1.0, learning_rate=0.05)
+    grpo = trainer(model, config, drawn)
+    nudged = nn.Module.parameters(tiny_model(scale=3.3))
+    model.update(nudged)
+    kls = []
+    for _ in range(3):
+        grpo.position = 0
+        _, (update,) = step(grpo)
+        kls.append(update["kl"])
+    assert kls[0] > kls[1] > kls[2] > 0
+
+
+def test_equal_seeds_give_equal_runs():
+    config = grpo_config(epochs=2, minibatches=2, clip_range=0.2)
+    ends = []
+    for _ in range(2):
+        model = tiny_model()
+        step(trainer(model, config, groups(), seed=3))
+        ends.append(weights(model))
+    assert np.array_equal(*ends)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_several_stop_the_run():
+    model = tiny_model()
+    before = weights(model)
+    broken = [[rollout([5], 1.0, logprobs=[0.0]), rollout([6], 0.0)], [rollout([7], 1.0), rollout([8], 0.0)]]
+    grpo = trainer(model, grpo_config(prompts_per_step=2, group_size=2, max_nonfinite_steps=2), broken)
+    grpo.loss = lambda model, batch: (mx.array(float("nan")) * model.model.norm.weight.sum(), {})  # type: ignore[method-assign]
+    (minibatch,), _ = grpo.collect(0)
+    assert grpo.update(minibatch)["skipped_updates"] == 1.0
+    assert np.array_equal(weights(model), before)
+    with pytest.raises(FloatingPointError, match="2 updates in a row"):
+        grpo.update(minibatch)
