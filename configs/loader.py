@@ -41,7 +41,7 @@ def _read_extended(path: Path, children: tuple[str, ...]) -> dict[str, Any]:
     parent = data.pop("extends", None)
     if parent is None:
         return data
-    if not isinstance(parent, str) or not parent or Path(parent).name != parent:
+    if not isinstance(parent, str) or parent in ("", "..") or Path(parent).name != parent:
         raise ValueError(f"{path}: extends: expected the name of another file in this folder, got {parent!r}")
     chain = (*children, path.name)
     if parent in chain:
@@ -111,7 +111,7 @@ def _path_in_file(location: Sequence[str | int], data: Any) -> list[str]:
     for number, part in enumerate(location, start=1):
         if isinstance(place, dict) and part not in place and number < len(location):
             continue  # a union's tag
-        parts.append(str(part))
+        parts.append(str(part) if str(part).isprintable() and part != "" else repr(part))
         place = _inside(place, part)
     return parts
 

@@ -83,6 +83,8 @@ class ReasoningGymSource(Strict):
     seed: NonNegativeInt = 0
     solution: Literal["answer", "steps"] = "answer"
     """What SFT imitates: the bare answer, or the worked steps and the answer (arithmetic chains only)."""
+    steps_share: Fraction = 1.0
+    """With `solution: steps`, the share of examples that are worked out; the others' target is its last line alone."""
 
 
 class PluginSource(Strict):
@@ -257,10 +259,27 @@ class SFTConfig(TrainingConfig):
     neftune_alpha: NonNegativeFloat = 0.0
     """Noise on the input embeddings (arXiv:2310.05914); 0 is off."""
     packing: bool = False
-    """Several examples in a row of `max_length`, with attention that doesn't cross them."""
+    """Several examples in a row of `max_length`, with attention that doesn't cross them. Changes no result."""
+    loss: Literal["nll", "dft"] = "nll"
+    """`dft` weighs each token by the probability it has already (dynamic fine-tuning, arXiv:2508.05629)."""
+    loss_on: Literal["target", "assistant"] = "target"
+    """What is imitated of a chat: the target (or the assistant's last turn), or every turn of the assistant."""
     validation_every: PositiveInt | None = 50
     """Steps between validation losses on the held-out split; None never."""
     validation_examples: PositiveInt = 128
+
+    @model_validator(mode="after")
+    def _rules(self) -> "SFTConfig":
+        if self.checkpoint.best_metric == "validation_loss":
+            if self.checkpoint.best_mode != "min":
+                raise ValueError("checkpoint.best_mode: set min; max would keep the highest validation_loss")
+            if self.validation_every is None:
+                raise ValueError("validation_every: null gives no validation_loss for checkpoint.best_metric")
+        if self.gradient_checkpointing and isinstance(self.adapter, LoraAdapter) and self.adapter.dropout:
+            raise ValueError(
+                "gradient_checkpointing: computes layers twice, with another dropout each time; set adapter.dropout: 0"
+            )
+        return self
 
 
 class SamplingConfig(Strict):
@@ -317,7 +336,7 @@ class PolicyConfig(TrainingConfig):
     mask_truncated: bool = False
     """Leave completions that were cut at the token limit out of the loss (DAPO's overlong filtering)."""
     ref_refresh_every: PositiveInt | None = None
-    """Steps after which the reference becomes the current policy; None keeps it for ever."""
+    """The reference becomes the policy after every so many steps; None keeps it for ever."""
     watchdog: "WatchdogConfig" = Field(default_factory=lambda: WatchdogConfig())
     eval_every: PositiveInt | None = None
     """Steps between greedy accuracies on the held-out split during training; None never."""
@@ -334,9 +353,27 @@ class PolicyConfig(TrainingConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _reference_is_used(self) -> "PolicyConfig":
+        if self.ref_refresh_every is not None and self.kl_coef == 0:
+            raise ValueError("ref_refresh_every: has no effect with kl_coef: 0, which loads no reference")
+        return self
+
     @property
     def updates_per_step(self) -> int:
         return self.epochs * self.minibatches
+
+    @property
+    def policy_updates(self) -> int:
+        """Optimizer steps of the policy in the whole run, on which its learning-rate schedule stands."""
+        return self.steps * self.updates_per_step
+
+    def _refuse_idle_clip(self) -> None:
+        if self.updates_per_step == 1 and {"clip_range", "clip_range_high", "dual_clip"} & self.model_fields_set:
+            raise ValueError(
+                "clip_range: with epochs: 1 and minibatches: 1 the ratio is exactly 1 and the clip never acts; "
+                "raise epochs or minibatches, or leave the clip ranges out"
+            )
 
 
 class WatchdogConfig(Strict):
@@ -347,7 +384,9 @@ class WatchdogConfig(Strict):
     stop: Annotated[bool, MAY_CHANGE] = False
     """Stop the run, rather than warn."""
     min_entropy: NonNegativeFloat = 0.01
+    """Nats a token, estimated by the sampler's own log-probabilities."""
     max_truncated: Fraction = 0.9
+    """Share of completions that are cut at the token limit."""
     max_logprob_difference: PositiveFloat = 0.1
     """Mean absolute difference between the sampler's and the trainer's log-probabilities, in nats."""
     max_value_loss: PositiveFloat = 100.0
@@ -394,15 +433,18 @@ class GRPOConfig(PolicyConfig):
             raise ValueError(f"dual_clip: has no effect with loss: {self.loss}")
         if self.loss in ("sapo", "reinforce") and {"clip_range", "clip_range_high"} & explicit:
             raise ValueError(f"clip_range: has no effect with loss: {self.loss}; leave it out")
-        if (
-            self.loss == "clip"
-            and self.updates_per_step == 1
-            and {"clip_range", "clip_range_high", "dual_clip"} & explicit
-        ):
-            raise ValueError(
-                "clip_range: with epochs: 1 and minibatches: 1 the ratio is exactly 1 and the clip never acts; "
-                "raise epochs or minibatches, or leave the clip ranges out"
-            )
+        if self.loss == "cispo" and "clip_range" in explicit:
+            raise ValueError("clip_range: has no effect with loss: cispo, which bounds the ratio above; leave it out")
+        if self.loss != "clip" and self.ratio_level == "sequence":
+            raise ValueError(f"ratio_level: sequence needs loss: clip, not {self.loss}")
+        if self.advantage != "group_mean" and self.reward_aggregation == "normalize_then_sum":
+            raise ValueError(f"reward_aggregation: normalize_then_sum has its own baseline; leave out {self.advantage}")
+        if self.advantage == "leave_one_out" and "scale_advantages" in explicit and self.scale_advantages == "group":
+            raise ValueError("scale_advantages: leave_one_out goes with none or batch")
+        if self.advantage in ("opo", "reinforce_plus_plus_baseline") and "scale_advantages" in explicit:
+            raise ValueError(f"scale_advantages: has no effect with advantage: {self.advantage}; leave it out")
+        if self.loss in ("clip", "cispo"):
+            self._refuse_idle_clip()
         return self
 
 
@@ -423,7 +465,12 @@ GRPO_PRESETS: dict[str, dict[str, Any]] = {
         "clip_range_high": 4e-4,
         "minibatches": 2,
     },
-    "rloo": {"advantage": "leave_one_out", "scale_advantages": "none", "loss": "reinforce"},
+    "rloo": {
+        "advantage": "leave_one_out",
+        "scale_advantages": "none",
+        "loss": "reinforce",
+        "aggregation": "dr_grpo",
+    },
     "cispo": {"loss": "cispo", "clip_range_high": 4.0, "minibatches": 2},
 }
 
@@ -432,12 +479,20 @@ class CriticConfig(Strict):
     kind: Literal["head", "separate"] = "head"
     """A value head on the policy's trunk, or a critic model of its own; both start at zero."""
     learning_rate: PositiveFloat = 1e-5
+    """Of the head, and of the critic's own trunk where it has one; a shared trunk moves at the policy's rate."""
     optimizer: OptimizerConfig = OptimizerConfig()
     warmup_steps: NonNegativeInt = 0
     """First steps that train the critic alone."""
     value_clip_range: PositiveFloat | None = 0.2
+    """Values further than this from the ones before the update gain nothing by moving on; None is off."""
     coef: PositiveFloat = 0.5
     """Weight of the value loss on the shared trunk (kind `head`)."""
+
+    @model_validator(mode="after")
+    def _coef_is_used(self) -> "CriticConfig":
+        if self.kind == "separate" and "coef" in self.model_fields_set:
+            raise ValueError("coef: has no effect with kind: separate; set learning_rate")
+        return self
 
 
 class PPOConfig(PolicyConfig):
@@ -448,15 +503,58 @@ class PPOConfig(PolicyConfig):
     gamma: Fraction = 1.0
     gae_lambda: Fraction = 0.95
     whiten_advantages: bool = True
+    """Advantages with mean 0 and variance 1 over all tokens of the rollout; returns stay as they are."""
     kl_in: Literal["reward", "loss"] = "reward"
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     kl_target: PositiveFloat | None = None
-    """Adaptive KL controller (arXiv:1909.08593): the KL it steers to; None keeps kl_coef fixed."""
+    """Adaptive KL controller (arXiv:1909.08593): the KL, in nats a token, it steers to; None keeps kl_coef fixed."""
     kl_horizon: PositiveInt = 10_000
+    """Rollouts over which the controller corrects; larger is slower."""
     max_approx_kl: PositiveFloat | None = None
     """Leave the remaining epochs of a rollout out once the policy has moved so far (k3, nats a token)."""
     critic: CriticConfig = CriticConfig()
     epochs: PositiveInt = 2
     minibatches: PositiveInt = 2
+
+    @model_validator(mode="after")
+    def _rules(self) -> "PPOConfig":
+        rows = self.prompts_per_step * self.completions_per_prompt
+        if self.minibatches > rows:
+            raise ValueError(f"minibatches: {self.minibatches} of {rows} completions a step")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("kl_target: a coefficient of 0 stays 0; set kl_coef to where the controller starts")
+        if self.max_approx_kl is not None and self.epochs == 1:
+            raise ValueError("max_approx_kl: has no effect with epochs: 1")
+        if self.critic.warmup_steps >= self.steps:
+            raise ValueError(f"critic.warmup_steps: {self.critic.warmup_steps} of {self.steps} steps leave none")
+        self._refuse_idle_clip()
+        return self
+
+    @property
+    def group_size(self) -> int:
+        """Completions sampled for each prompt."""
+        return self.completions_per_prompt
+
+    @property
+    def policy_updates(self) -> int:
+        return (self.steps - self.critic.warmup_steps) * self.updates_per_step
+
+
+class PluginPolicyConfig(PolicyConfig):
+    """An algorithm that a plugin registered."""
+
+    algorithm: str
+    """Its registered name."""
+    options: dict[str, Any] = {}
+    """Its own settings, which its `Options` model checks."""
+    group_size: PositiveInt = 8
+    """Completions sampled for each prompt."""
+
+    @model_validator(mode="after")
+    def _not_built_in(self) -> "PluginPolicyConfig":
+        if self.algorithm in ("grpo", "ppo"):
+            raise ValueError(f"algorithm: {self.algorithm!r} has a section of its own, `{self.algorithm}:`")
+        return self
 
 
 # ---- judging -------------------------------------------------------------------------------------------------------
@@ -523,6 +621,8 @@ class ExperimentConfig(Strict):
     sft: SFTConfig | None = None
     grpo: GRPOConfig | None = None
     ppo: PPOConfig | None = None
+    rl: PluginPolicyConfig | None = None
+    """Reinforcement learning by an algorithm of a plugin."""
     rewards: tuple[RewardConfig, ...] = ()
     evaluations: tuple[EvaluationConfig, ...] = ()
     nightly: NightlyConfig | None = None
@@ -530,8 +630,8 @@ class ExperimentConfig(Strict):
 
     @model_validator(mode="after")
     def _rules(self) -> "ExperimentConfig":
-        if (self.grpo or self.ppo) and not any(reward.weight for reward in self.rewards):
-            raise ValueError("rewards: grpo and ppo need at least one reward with a weight other than 0")
+        if (self.grpo or self.ppo or self.rl) and not any(reward.weight for reward in self.rewards):
+            raise ValueError("rewards: grpo, ppo and rl need at least one reward with a weight other than 0")
         keys = [evaluation.key for evaluation in self.evaluations]
         if len(set(keys)) != len(keys):
             raise ValueError(f"evaluations: two share a name in {keys}; set `name`")
@@ -542,8 +642,11 @@ class ExperimentConfig(Strict):
             raise ValueError(
                 f"nightly.benchmarks: {sorted(set(self.nightly.benchmarks) - set(keys))} are not in evaluations {keys}"
             )
-        if self.sft and not self.dataset.fields.target and self.dataset.train.kind in ("jsonl", "huggingface"):
-            raise ValueError("dataset.fields.target: sft needs the column that it imitates")
+        fields = self.dataset.fields
+        if self.sft and not (fields.target or fields.messages) and self.dataset.train.kind in ("jsonl", "huggingface"):
+            raise ValueError(
+                "dataset.fields.target: sft needs the column that it imitates, or chats in fields.messages"
+            )
         if isinstance(self.model, ScratchModel) and self.sft is None:
             raise ValueError("sft: a model from scratch needs it before reinforcement learning")
         return self
@@ -551,4 +654,4 @@ class ExperimentConfig(Strict):
     @property
     def stages(self) -> tuple[str, ...]:
         """The models that are evaluated, in order: the untrained base, then each trained stage."""
-        return ("base", *(stage for stage in ("sft", "grpo", "ppo") if getattr(self, stage) is not None))
+        return ("base", *(stage for stage in ("sft", "grpo", "ppo", "rl") if getattr(self, stage) is not None))

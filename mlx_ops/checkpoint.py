@@ -2,6 +2,7 @@
 
     step_000100/  model/ or adapter/   what was trained, in mlx-lm's layout
                   optimizer.safetensors  moments and step of the optimizer
+                  trainer.safetensors    what else the trainer keeps as arrays, such as PPO's critic; where it does
                   state.json           step, settings, the trainer's own state, best metric, versions
                   manifest.json        sizes and sha256 of all of these
 
@@ -24,6 +25,7 @@ from configs.schema import CheckpointConfig
 
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
+TRAINER = "trainer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class CheckpointStore:
         optimizer: Optimizer,
         state: Mapping[str, Any],
         metrics: Mapping[str, float],
+        arrays: Mapping[str, mx.array] | None = None,
     ) -> Path:
         """Write the checkpoint of `step` completed steps, move the pointers, drop what rotation doesn't keep."""
         best = self._best_after(step, metrics)
@@ -57,6 +60,8 @@ class CheckpointStore:
         with new_directory(path) as folder:
             write_weights(folder)
             mx.save_safetensors(str(folder / OPTIMIZER), dict(tree_flatten(optimizer.state)))
+            if arrays:
+                mx.save_safetensors(str(folder / TRAINER), dict(arrays))
             write_json(folder / STATE, {**state, "step": step, "best": best})
         write_json(self.root / "latest.json", {"step": step, "checkpoint": path.name})
         if best is not None:
@@ -124,6 +129,12 @@ def restore_optimizer(optimizer: Optimizer, path: Path) -> None:
     """The optimizer as it was when the checkpoint was written."""
     arrays = cast(dict[str, mx.array], mx.load(str(path / OPTIMIZER)))
     optimizer.state = cast(Any, tree_unflatten(list(arrays.items())))
+
+
+def trainer_arrays(path: Path) -> dict[str, mx.array]:
+    """What the trainer kept as arrays when the checkpoint was written; empty where it kept none."""
+    file = path / TRAINER
+    return cast(dict[str, mx.array], mx.load(str(file))) if file.is_file() else {}
 
 
 def manifest_digest(path: Path) -> str:

@@ -1,5 +1,6 @@
-"""The rollout engine: P·G rows decoded in one batch, the prompt of a group run once, finished rows dropped."""
+"""The rollout engine: P·G rows decoded in one batch, a group's prompt run once, finished rows dropped, waiting ones admitted."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -9,12 +10,18 @@ import mlx.nn as nn
 import numpy as np
 
 from configs.schema import SamplingConfig
+from mlx_ops.backend import prepare
 from mlx_ops.batching import Completion
-from mlx_ops.holding import hold
+from mlx_ops.holding import Held, Kind, choose, hold
+from mlx_ops.row_cache import refusal, token_bytes
 from mlx_ops.sampling import Sampler, make_sampler, uniforms
 
 CHECK_EVERY = 8
 """Decode steps between two looks at what was drawn; a row's overrun is trimmed, so results don't depend on it."""
+ADMISSION = 0.25
+"""Share of the width that must be free before waiting rows are admitted: each admission copies the caches."""
+MEMORY_SHARE = 0.5
+"""Share of the device's memory that keys and values may fill."""
 
 Progress = Callable[[int, int], None]
 """(rows finished so far, tokens drawn so far)."""
@@ -23,8 +30,8 @@ Progress = Callable[[int, int], None]
 class Stop(Protocol):
     """When a row ends other than by an end token."""
 
-    def end(self, tokens: Sequence[int], start: int) -> int | None:
-        """How many of `tokens` the row keeps, more than `start`; None where it goes on. `start` tokens were seen before."""
+    def __call__(self, row: int, tokens: Sequence[int], seen: int) -> int | None:
+        """How many of its tokens a row keeps, more than the `seen` that were looked at before; None where it goes on."""
         ...
 
 
@@ -35,12 +42,12 @@ class StopStrings:
     decode: Callable[[Sequence[int]], str]
     strings: tuple[str, ...]
 
-    def end(self, tokens: Sequence[int], start: int) -> int | None:
-        # A string has at most as many tokens as bytes; the matching tail is decoded alone.
-        first = max(0, start - max(len(string.encode()) for string in self.strings))
+    def __call__(self, row: int, tokens: Sequence[int], seen: int) -> int | None:
+        # A string has at most as many tokens as bytes, so a tail of the tokens seen is enough.
+        first = max(0, seen - max(len(string.encode()) for string in self.strings))
         if not self._met(tokens[first:]):
             return None
-        return next(end for end in range(start + 1, len(tokens) + 1) if self._met(tokens[first:end]))
+        return next(end for end in range(seen + 1, len(tokens) + 1) if self._met(tokens[first:end]))
 
     def _met(self, tokens: Sequence[int]) -> bool:
         text = self.decode(tokens)
@@ -52,7 +59,6 @@ class _Row:
     """One completion in the making."""
 
     place: int
-    """Its place in the result."""
     prompt: int
     seed: int
     tokens: list[int] = field(default_factory=list)
@@ -60,7 +66,7 @@ class _Row:
     ended: bool = False
 
 
-def generate(
+def generate(  # noqa: PLR0913 (the engine's whole surface)
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     *,
@@ -71,23 +77,45 @@ def generate(
     stop: Stop | None = None,
     max_rows: int | None = None,
     progress: Progress | None = None,
+    cache: Kind | None = None,
 ) -> list[Completion]:
     """`group_size` completions of each prompt, in group order; row b is drawn from `seeds[b]` alone.
 
-    An end token is kept, with its log-probability. At most `max_rows` rows are held at once; None holds all.
+    An end token is kept, with its log-probability. At most `max_rows` rows are held at once, and waiting ones are admitted as
+    others end; None takes as many as memory allows. `cache` is chosen by the model and the device where it is None.
     """
     if len(seeds) != len(prompts) * group_size:
         raise ValueError(
             f"seeds: {len(seeds)} for {len(prompts)} prompts x {group_size} completions; one a row is needed"
         )
-    if any(len(prompt) == 0 for prompt in prompts):
+    if not all(prompts):
         raise ValueError("a prompt without tokens gives nothing to continue; begin it with a start token")
     rows = [_Row(place, place // group_size, seed) for place, seed in enumerate(seeds)]
-    engine = _Engine(model, prompts, make_sampler(sampling), sampling.max_tokens, eos, stop, progress)
-    width = max_rows or len(rows)
-    for start in range(0, len(rows), width):
-        engine.run(rows[start : start + width])
+    kind, width = _plan(model, prompts, group_size, sampling.max_tokens, max_rows, cache)
+    engine = _Engine(model, prompts, make_sampler(sampling), sampling.max_tokens, eos, stop, progress, kind)
+    engine.run(deque(rows), min(width, len(rows)))
     return [Completion(tuple(row.tokens), tuple(row.logprobs), not row.ended) for row in rows]
+
+
+def _plan(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    group_size: int,
+    max_tokens: int,
+    max_rows: int | None,
+    cache: Kind | None,
+) -> tuple[Kind, int]:
+    """The kind of cache, and how many rows at once: pages instead of whole rows where only they hold all rows at once."""
+    kind = choose(model) if cache is None else cache
+    rows = len(prompts) * group_size
+    if max_rows is not None or refusal(model) is not None:
+        return kind, max_rows or rows
+    tokens = MEMORY_SHARE * prepare().memory_bytes / token_bytes(model)
+    longest = max(len(prompt) for prompt in prompts)
+    whole, shared = int(tokens / (longest + max_tokens)), int(tokens / (longest / group_size + max_tokens))
+    if cache is None and kind == "rows" and whole < rows and shared > whole:
+        kind = "paged"
+    return kind, max(1, whole if kind == "rows" else shared)
 
 
 @dataclass
@@ -99,33 +127,47 @@ class _Engine:
     eos: frozenset[int]
     stop: Stop | None
     progress: Progress | None
+    kind: Kind
     finished: int = 0
     drawn: int = 0
 
-    def run(self, rows: list[_Row]) -> None:
-        """Draw all of `rows` as one batch that shrinks."""
+    def run(self, waiting: deque[_Row], width: int) -> None:
+        """Draw all rows, at most `width` at once."""
+        active: list[_Row] = []
+        held: Held | None = None
+        tokens = mx.zeros((0,), mx.int32)
+        while active or waiting:
+            if waiting and len(active) <= (1 - ADMISSION) * width:
+                new = [waiting.popleft() for _ in range(min(width - len(active), len(waiting)))]
+                held = self._admit(held if active else None, new)
+                tokens = mx.concatenate([tokens, mx.array([self.prompts[row.prompt][-1] for row in new])])
+                active += new
+            assert held is not None
+            tokens, block, logprobs = self._decode(held.caches, tokens, active)
+            alive = [slot for slot, row in enumerate(active) if self._extend(row, block[:, slot], logprobs[:, slot])]
+            self._report(len(active) - len(alive))
+            if len(alive) < len(active):
+                active, tokens = [active[slot] for slot in alive], tokens[mx.array(alive, dtype=mx.int32)]
+                if active:
+                    held.keep(alive, self._left(active))
+
+    def _admit(self, held: Held | None, rows: Sequence[_Row]) -> Held:
+        """Rows with the caches of their prompts, beside those that are held."""
         used = sorted({row.prompt for row in rows})
         place = {prompt: number for number, prompt in enumerate(used)}
-        prompts = [self.prompts[prompt] for prompt in used]
-        held = hold(self.model, prompts, [place[row.prompt] for row in rows], self.max_tokens)
-        tokens = mx.array([self.prompts[row.prompt][-1] for row in rows])
-        step = 0
-        while rows:
-            count = min(CHECK_EVERY, self.max_tokens - step)
-            tokens, block, logprobs = self._decode(held.caches, tokens, rows, step, count)
-            step += count
-            alive = [slot for slot, row in enumerate(rows) if self._extend(row, block[:, slot], logprobs[:, slot])]
-            self._report(len(rows) - len(alive))
-            if alive and len(alive) < len(rows):
-                held.keep(alive, self.max_tokens - step)
-                tokens = tokens[mx.array(alive)]
-            rows = [rows[slot] for slot in alive]
+        prompts, index = [self.prompts[prompt] for prompt in used], [place[row.prompt] for row in rows]
+        if held is None:
+            return hold(self.kind, self.model, prompts, index, self.max_tokens)
+        held.join(prompts, index, self.max_tokens)
+        return held
 
-    def _decode(
-        self, caches: list[Any], tokens: mx.array, rows: list[_Row], step: int, count: int
-    ) -> tuple[mx.array, np.ndarray, np.ndarray]:
-        """`count` steps of every row: the last tokens, then all tokens and log-probabilities (count, B) on the host."""
-        draws = mx.array(uniforms([row.seed for row in rows], step, count))
+    def _left(self, rows: Sequence[_Row]) -> int:
+        return self.max_tokens - min(len(row.tokens) for row in rows)
+
+    def _decode(self, caches: list[Any], tokens: mx.array, rows: list[_Row]) -> tuple[mx.array, np.ndarray, np.ndarray]:
+        """Some steps of every row: the last tokens, then all tokens and log-probabilities (steps, B) on the host."""
+        count = min(CHECK_EVERY, self._left(rows))
+        draws = mx.array(uniforms([row.seed for row in rows], [len(row.tokens) for row in rows], count))
         block, logprobs = [], []
         for t in range(count):
             logits = self.model(tokens[:, None], cache=caches)[:, -1]
@@ -137,18 +179,18 @@ class _Engine:
 
     def _extend(self, row: _Row, tokens: np.ndarray, logprobs: np.ndarray) -> bool:
         """Add the tokens up to the row's end; whether it goes on."""
-        start = len(row.tokens)
-        drawn = tokens.tolist()
+        seen = len(row.tokens)
+        drawn = tokens[: self.max_tokens - seen].tolist()
         end = next((place + 1 for place, token in enumerate(drawn) if token in self.eos), None)
         row.tokens += drawn[:end]
         row.ended = end is not None
         if self.stop is not None:
-            kept = self.stop.end(row.tokens, start)
+            kept = self.stop(row.place, row.tokens, seen)
             if kept is not None:
                 del row.tokens[kept:]
                 row.ended = True
-        row.logprobs += logprobs[: len(row.tokens) - start].tolist()
-        self.drawn += len(row.tokens) - start
+        row.logprobs += logprobs[: len(row.tokens) - seen].tolist()
+        self.drawn += len(row.tokens) - seen
         return not row.ended and len(row.tokens) < self.max_tokens
 
     def _report(self, finished: int) -> None:

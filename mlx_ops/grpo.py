@@ -4,15 +4,12 @@ One step: P prompts × G completions are drawn and judged; groups without signal
 advantages are exactly 0, so that changes no gradient); the rest is updated on in minibatches of whole groups.
 """
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.optimizers import Optimizer
 
 from configs.schema import GRPOConfig
 from mlx_ops.advantages import (
@@ -23,26 +20,14 @@ from mlx_ops.advantages import (
     multi_reward_advantages,
     reinforce_plus_plus_baseline,
 )
-from mlx_ops.batching import pad_floats
-from mlx_ops.corrections import sampler_correction, sampler_metrics
-from mlx_ops.forward import score
-from mlx_ops.logprobs import kl_penalty, masked_mean
-from mlx_ops.losses import cispo_policy_loss, clipped_policy_loss, plain_policy_loss, sapo_policy_loss, weighted_sum
-from mlx_ops.policy import (
-    PolicyBatch,
-    Reference,
-    Row,
-    make_row,
-    microbatches,
-    split_groups,
-    totals,
-    with_old_logprobs,
-)
+from mlx_ops.algorithm import AlgorithmRegistry, PolicyTrainer
+from mlx_ops.batching import Rollout, pad_floats
+from mlx_ops.forward import completion_logits
+from mlx_ops.losses import cispo_policy_loss, plain_policy_loss, sapo_policy_loss
+from mlx_ops.policy import PolicyBatch, Row, make_row, split, totals
+from mlx_ops.policy_loss import clip_bounds, clip_surrogate, correction, full_loss
 from mlx_ops.rollout import Group, rollout_metrics, sample_rows
-from mlx_ops.trainer import BaseTrainer, Limits, Metrics
-
-Draw = Callable[[int, int], tuple[list[Group], dict[str, float]]]
-KeepSamples = Callable[[list[Mapping[str, Any]]], None]
+from mlx_ops.trainer import Metrics
 
 
 @dataclass(frozen=True)
@@ -54,67 +39,34 @@ class Judged:
     metrics: Metrics
 
 
-class GRPOTrainer(BaseTrainer[PolicyBatch]):
-    """Trains on groups that `draw` gives it; `keep` receives the judged samples of each step."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        config: GRPOConfig,
-        *,
-        draw: Draw,
-        weights: Mapping[str, float],
-        token_budget: int,
-        seed: int,
-        keep: KeepSamples,
-    ) -> None:
-        limits = Limits(config.optimizer.max_grad_norm, config.max_nonfinite_steps)
-        super().__init__(model, optimizer, seed=seed, limits=limits)
-        self.config, self.draw, self.weights, self.keep = config, draw, weights, keep
-        self.token_budget = token_budget
-        self.position = 0
-        self.reference = Reference(model) if config.kl_coef > 0 else None
-
-    def state(self) -> dict[str, Any]:
-        return {**super().state(), "position": self.position}
-
-    def restore(self, step: int, state: Mapping[str, Any]) -> None:
-        super().restore(step, state)
-        self.position = int(state["position"])
+@AlgorithmRegistry.register("grpo")
+class GRPOTrainer(PolicyTrainer[GRPOConfig]):
+    """Trains on groups of completions of the same prompt."""
 
     def collect(self, step: int) -> tuple[Iterable[Sequence[PolicyBatch]], Metrics]:
         judged = self._draw_groups()
-        metrics = judged.metrics | rollout_metrics(judged.groups, self._task_reward)
+        metrics = judged.metrics | rollout_metrics(judged.groups, self.task_reward)
         advantages = self._advantages(judged.groups)
-        self.keep(sample_rows(judged.groups, [float(row[0]) for row in advantages], step + 1))
         rows = self._rows(judged.groups, advantages)
-        live = [index for index, signal in enumerate(judged.signal) if signal or self._moves_without_signal]
-        scored, seconds = self._score({index: rows[index] for index in live})
-        return self._minibatches(rows, scored, step), metrics | seconds
+        live = {index: group for index, group in enumerate(rows) if self._moves_without_signal or _moves(group)}
+        flat, seconds = self.scored([row for group in live.values() for row in group], old=self._needs_old)
+        scored = iter(flat)
+        live = {index: [next(scored) for _ in group] for index, group in live.items()}
+        samples = sample_rows(judged.groups, [float(row[0]) for row in advantages], step + 1)
+        return self.played(self._minibatches(rows, live, step), samples, step), metrics | seconds
 
     def loss(self, model: nn.Module, batch: PolicyBatch) -> tuple[mx.array, Mapping[str, mx.array]]:
-        config = self.config
-        logprobs, entropy = score(
-            model, batch.rows, temperature=config.sampling.temperature, entropy=config.entropy_coef > 0
+        def surrogate(logprobs: mx.array, old: mx.array, batch: PolicyBatch) -> tuple[mx.array, dict[str, mx.array]]:
+            return grpo_surrogate(logprobs, old, batch, self.config)
+
+        return full_loss(
+            completion_logits(model, batch.rows), batch, self.config, surrogate, kl_coef=self.config.kl_coef
         )
-        old = mx.stop_gradient(logprobs) if batch.old_logprobs is None else batch.old_logprobs
-        loss, metrics = policy_loss(logprobs, old, batch, config)
-        metrics |= sampler_metrics(old, batch.sampler_logprobs, batch.completion_mask)
-        if batch.ref_logprobs is not None:
-            kl = kl_penalty(logprobs, batch.ref_logprobs, old, batch.completion_mask, estimator=config.kl_estimator)
-            loss = loss + config.kl_coef * weighted_sum(kl, batch.weights)
-            metrics["kl"] = mx.stop_gradient(masked_mean(kl, batch.completion_mask))
-        if entropy is not None:
-            loss = loss - config.entropy_coef * weighted_sum(entropy, batch.weights)
-            metrics["entropy"] = mx.stop_gradient(masked_mean(entropy, batch.completion_mask))
-        metrics["tokens"] = batch.completion_mask.sum()
-        return loss, metrics
 
     @property
-    def _task_reward(self) -> str:
-        """The first reward that counts: the raw task metric, which groups are filtered on."""
-        return next(name for name, weight in self.weights.items() if weight)
+    def _needs_old(self) -> bool:
+        """More than one update of a rollout: the policy that sampled is not the one that is updated."""
+        return self.config.updates_per_step > 1
 
     @property
     def _moves_without_signal(self) -> bool:
@@ -143,8 +95,7 @@ class GRPOTrainer(BaseTrainer[PolicyBatch]):
         return Judged(groups, signal, seconds | counts)
 
     def _draw(self, prompts: int) -> tuple[list[Group], np.ndarray, Metrics]:
-        groups, seconds = self.draw(self.position, prompts)
-        self.position += prompts
+        groups, seconds = self.rollouts(prompts)
         return groups, self._has_signal(groups), seconds
 
     def _has_signal(self, groups: Sequence[Group]) -> np.ndarray:
@@ -152,7 +103,7 @@ class GRPOTrainer(BaseTrainer[PolicyBatch]):
         signal = ~constant_groups(_totals(groups), size)
         if self.config.dynamic_sampling:
             # A shaped reward varies even in groups that all fail: only the task reward says what can be learnt.
-            signal &= ~constant_groups(_part(groups, self._task_reward), size)
+            signal &= ~constant_groups(_part(groups, self.task_reward), size)
         return signal
 
     def _advantages(self, groups: Sequence[Group]) -> list[np.ndarray]:
@@ -166,7 +117,9 @@ class GRPOTrainer(BaseTrainer[PolicyBatch]):
                 parts, list(self.weights.values()), size, order="normalize_then_sum", scale=config.scale_advantages
             )
         elif config.advantage == "leave_one_out":
-            flat = leave_one_out_advantages(rewards, size)
+            flat = leave_one_out_advantages(
+                rewards, size, scale="batch" if config.scale_advantages == "batch" else "none"
+            )
         elif config.advantage == "opo":
             flat = length_weighted_advantages(rewards, lengths, size)
         elif config.advantage == "reinforce_plus_plus_baseline":
@@ -178,25 +131,13 @@ class GRPOTrainer(BaseTrainer[PolicyBatch]):
         return [np.full(length, value) for value, length in zip(flat, lengths, strict=True)]
 
     def _rows(self, groups: Sequence[Group], advantages: Sequence[np.ndarray]) -> list[list[Row]]:
-        flat = iter(advantages)
-        return [[make_row(r, next(flat), mask_truncated=self.config.mask_truncated) for r in g] for g in groups]
+        flat = enumerate(advantages)
 
-    def _score(self, live: Mapping[int, Sequence[Row]]) -> tuple[dict[int, list[Row]], Metrics]:
-        """The rows of the groups that are trained on, with the old policy's and the reference's log-probabilities."""
-        started = time.perf_counter()
-        rows = [row for group in live.values() for row in group]
-        if not rows:
-            return {}, {"seconds/old_logprobs": 0.0, "seconds/ref_logprobs": 0.0}
-        rows = with_old_logprobs(self.model, rows, self.config, self.token_budget)
-        scored = time.perf_counter()
-        if self.reference is not None:
-            rows = self.reference.score(self.model, rows, self.config, self.token_budget)
-        seconds = {
-            "seconds/old_logprobs": scored - started,
-            "seconds/ref_logprobs": time.perf_counter() - scored,
-        }
-        flat = iter(rows)
-        return {index: [next(flat) for _ in group] for index, group in live.items()}, seconds
+        def row(rollout: Rollout) -> Row:
+            place, own = next(flat)
+            return make_row(rollout, own, mask_truncated=self.config.mask_truncated, place=place)
+
+        return [[row(rollout) for rollout in group] for group in groups]
 
     def _minibatches(
         self, rows: Sequence[Sequence[Row]], scored: Mapping[int, Sequence[Row]], step: int
@@ -204,53 +145,32 @@ class GRPOTrainer(BaseTrainer[PolicyBatch]):
         config, order = self.config, np.random.default_rng([self.seed, step])
         found = []
         for _ in range(config.epochs):
-            for part in split_groups(len(rows), config.minibatches, order):
+            for part in split(len(rows), config.minibatches, order):
                 live = [row for index in part if index in scored for row in scored[index]]
                 # Adam would make full steps of the rounding noise of a gradient that is zero.
                 if any(row.counts for row in live):
                     everything = [row for index in part for row in rows[index]]
-                    found.append(
-                        microbatches(
-                            live,
-                            totals(everything),
-                            aggregation=config.aggregation,
-                            max_tokens=config.sampling.max_tokens,
-                            token_budget=self.token_budget,
-                        )
-                    )
+                    found.append(self.minibatch(live, totals(everything)))
         return found
 
 
-def policy_loss(
+def grpo_surrogate(
     logprobs: mx.array, old: mx.array, batch: PolicyBatch, config: GRPOConfig
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """The configured surrogate over one microbatch, with the sampler's correction in it."""
-    correction = None
-    if config.importance_correction is not None:
-        wanted = config.importance_correction
-        correction = sampler_correction(
-            old,
-            batch.sampler_logprobs,
-            batch.completion_mask,
-            level=wanted.level,
-            mode=wanted.mode,
-            bounds=(wanted.low, wanted.high),
-        )
+    """The surrogate that `loss` and `ratio_level` name, with the sampler's correction in it."""
+    if config.loss == "clip":
+        return clip_surrogate(logprobs, old, batch, config, config.ratio_level)
     arrays = (logprobs, old, batch.advantages, batch.completion_mask, batch.weights)
-    high = config.clip_range if config.clip_range_high is None else config.clip_range_high
+    weights = correction(old, batch, config)
     if config.loss == "cispo":
-        return cispo_policy_loss(*arrays, ratio_bounds=(0.0, 1 + high), correction=correction)
+        return cispo_policy_loss(*arrays, ratio_bounds=(0.0, 1 + clip_bounds(config)[1]), correction=weights)
     if config.loss == "sapo":
-        return sapo_policy_loss(*arrays, correction=correction)
-    if config.loss == "reinforce":
-        return plain_policy_loss(*arrays, correction=correction)
-    return clipped_policy_loss(
-        *arrays,
-        clip_range=(config.clip_range, high),
-        dual_clip=config.dual_clip,
-        ratio_level=config.ratio_level,
-        correction=correction,
-    )
+        return sapo_policy_loss(*arrays, correction=weights)
+    return plain_policy_loss(*arrays, correction=weights)
+
+
+def _moves(group: Sequence[Row]) -> bool:
+    return any(np.any(row.advantages) for row in group)
 
 
 def _totals(groups: Sequence[Group]) -> np.ndarray:

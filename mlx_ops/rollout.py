@@ -120,18 +120,23 @@ def rollout_metrics(groups: Sequence[Group], task_reward: str) -> dict[str, floa
     totals = np.array([np.nan if row.score.total is None else row.score.total for row in rows])
     lengths = np.array([len(row.completion.tokens) for row in rows])
     truncated = np.array([row.completion.truncated for row in rows])
-    finished = lengths[~truncated]
     metrics = {
         "reward": _nanmean(totals),
-        "reward_std": float(np.mean([_group_std(group) for group in groups])),
-        "completion_length": float(lengths.mean()),
-        "completion_length_min": float(lengths.min()),
-        "completion_length_max": float(lengths.max()),
-        "completion_length_terminated": float(finished.mean()) if finished.size else 0.0,
+        "reward_std": float(np.mean([_std(group) for group in (groups if len(groups[0]) > 1 else [rows])])),
+        **_extent("completion_length", lengths),
+        **_extent("completion_length_terminated", lengths[~truncated]),
         "truncated": float(truncated.mean()),
         "tokens_generated": float(lengths.sum()),
+        "sampler_entropy": -sum(sum(row.completion.logprobs) for row in rows) / float(lengths.sum()),
     }
     return metrics | _parts(rows) | _solved(groups, task_reward)
+
+
+def _extent(name: str, values: np.ndarray) -> dict[str, float]:
+    """Mean, `_min` and `_max`; nothing of nothing."""
+    if not values.size:
+        return {}
+    return {name: float(values.mean()), f"{name}_min": float(values.min()), f"{name}_max": float(values.max())}
 
 
 def _parts(rows: Sequence[Rollout]) -> dict[str, float]:
@@ -157,8 +162,8 @@ def _solved(groups: Sequence[Group], task_reward: str) -> dict[str, float]:
     }
 
 
-def _group_std(group: Group) -> float:
-    values = [row.score.total for row in group if row.score.total is not None]
+def _std(rows: Sequence[Rollout]) -> float:
+    values = [row.score.total for row in rows if row.score.total is not None]
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 

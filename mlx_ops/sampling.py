@@ -18,16 +18,18 @@ Sampler = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 
 BLOCK = 128
 """Tokens of a block in the two-level draw; most vocabularies divide by it, and then nothing is padded."""
+ONE_LEVEL = 2048
+"""Vocabularies up to this are drawn in one level."""
 
 
-def uniforms(seeds: Sequence[int], start: int, count: int) -> NDArray[np.float32]:
-    """(count, B, 2) numbers in [0, 1): those of steps start to start + count - 1 of rows with these seeds.
+def uniforms(seeds: Sequence[int], starts: Sequence[int], count: int) -> NDArray[np.float32]:
+    """(count, B, 2) numbers in [0, 1): those of the `count` steps from `starts[b]` on of the row with `seeds[b]`.
 
-    A counter through SplitMix64's finaliser (Steele, Lea and Flood 2014), so any step of any row stands alone.
+    A counter through SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014), so any step of any row stands alone.
     """
     rows = _mixed(np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64))
-    steps = np.arange(start, start + count, dtype=np.uint64)
-    bits = _mixed(rows[None, :] + steps[:, None])
+    steps = np.array(starts, dtype=np.uint64)[None] + np.arange(count, dtype=np.uint64)[:, None]
+    bits = _mixed(rows[None] + steps)
     halves = np.stack([bits >> np.uint64(40), (bits >> np.uint64(8)) & np.uint64(0xFFFFFF)], axis=-1)
     # 24 bits fill a float32's mantissa: 1.0 can't come out by rounding.
     return halves.astype(np.float32) * np.float32(2.0**-24)
@@ -48,28 +50,35 @@ def make_sampler(config: SamplingConfig) -> Sampler:
 def draw(logits: mx.array, u: mx.array) -> tuple[mx.array, mx.array]:
     """One token a row from softmax(logits) by inversion, and its log-probability: both from one pass of exp.
 
-    The first uniform picks a block of tokens, the second a token in it, so float32's rounding stays relative to a block's mass.
+    A large vocabulary is drawn in two levels, a block of tokens and a token in it, each with a uniform of its own: float32's
+    rounding then stays relative to a block's mass.
     """
-    rows, vocabulary = logits.shape
     top = logits.max(axis=-1, keepdims=True)
     weights = mx.exp(logits - top)
-    blocks = mx.pad(weights, [(0, 0), (0, -vocabulary % BLOCK)]).reshape(rows, -1, BLOCK)
+    if logits.shape[-1] <= ONE_LEVEL:
+        tokens, mass = _invert(weights, u[:, :1]), weights.sum(axis=-1, keepdims=True)
+    else:
+        tokens, mass = _two_levels(weights, u)
+    logprobs = mx.take_along_axis(logits, tokens, axis=-1) - top - mx.log(mass)
+    return tokens.squeeze(-1), logprobs.squeeze(-1)
+
+
+def _two_levels(weights: mx.array, u: mx.array) -> tuple[mx.array, mx.array]:
+    """The tokens (B, 1) and each row's sum of weights (B, 1)."""
+    rows, vocabulary = weights.shape
+    ragged = -vocabulary % BLOCK
+    blocks = (mx.pad(weights, [(0, 0), (0, ragged)]) if ragged else weights).reshape(rows, -1, BLOCK)
     masses = blocks.sum(axis=-1)
     block = _invert(masses, u[:, :1])
-    inner = mx.take_along_axis(blocks, block[:, :, None], axis=1).squeeze(1)
-    tokens = block * BLOCK + _invert(inner, u[:, 1:])
-    chosen = mx.take_along_axis(logits, tokens, axis=-1)
-    logprobs = chosen - top - mx.log(masses.sum(axis=-1, keepdims=True))
-    return tokens.squeeze(-1), logprobs.squeeze(-1)
+    within = mx.take_along_axis(blocks, block[:, :, None], axis=1).squeeze(1)
+    return block * BLOCK + _invert(within, u[:, 1:]), masses.sum(axis=-1, keepdims=True)
 
 
 def _invert(weights: mx.array, u: mx.array) -> mx.array:
     """The first index (B, 1) whose cumulated weight exceeds u of the whole; never one of weight 0."""
-    cumulated = mx.cumsum(weights, axis=-1)
-    index = (cumulated <= u * cumulated[:, -1:]).sum(axis=-1, keepdims=True)
-    # u * whole may round up to the whole: the last index with weight stands in.
-    last = mx.argmax(cumulated, axis=-1, keepdims=True)
-    return mx.minimum(index, last)
+    # A parallel sum need not grow monotonously, so entries without weight are taken out rather than trusted.
+    cumulated = mx.where(weights > 0, mx.cumsum(weights, axis=-1), 0)
+    return mx.argmax(cumulated > u * cumulated.max(axis=-1, keepdims=True), axis=-1, keepdims=True)
 
 
 def _greedy(logits: mx.array, u: mx.array) -> tuple[mx.array, mx.array]:

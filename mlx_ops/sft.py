@@ -1,10 +1,11 @@
 """Supervised fine-tuning on prompt and target: the loss stands on the target only.
 
-Each optimizer step is one draw of `batch_size` examples, cut by length into microbatches; its loss is the sum of the
-negative log-likelihoods over the tokens of the whole step.
+Each optimizer step is one draw of `batch_size` examples, cut into microbatches by length, or packed into rows. Its
+loss is the mean over the target tokens of the whole step, however it was cut.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,30 +14,30 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
 from configs.schema import PromptConfig, SFTConfig
-from mlx_ops.batching import TokenRows, token_rows
-from mlx_ops.forward import score
-from mlx_ops.losses import aggregation_weights, nll_loss
+from mlx_ops.batching import TokenRows, pad_floats, token_rows
+from mlx_ops.forward import completion_logits
+from mlx_ops.logprobs import masked_mean, token_logprobs
+from mlx_ops.losses import dft_loss, nll_loss
 from mlx_ops.microbatches import plan
-from mlx_ops.prompts import prompt_tokens, target_tokens
+from mlx_ops.neftune import embedding_of, noisy_embeddings
+from mlx_ops.packing import PackedRows, packed_logits, packed_parts, require_packable
+from mlx_ops.pairs import Pair, make_pair
 from mlx_ops.rollout import Take
 from mlx_ops.trainer import BaseTrainer, Limits, Metrics
 from rewards.base import Example
 
-
-@dataclass(frozen=True)
-class Pair:
-    """A prompt and what follows it, as tokens; the end token included."""
-
-    prompt: tuple[int, ...]
-    target: tuple[int, ...]
+LOSSES = {"nll": nll_loss, "dft": dft_loss}
 
 
 @dataclass(frozen=True)
 class SFTBatch:
-    """B pairs of one microbatch."""
+    """The pairs of one microbatch: a row each, or packed."""
 
-    rows: TokenRows
-    weights: mx.array  # (B, T) 1 / tokens of the whole step where a target token stands
+    rows: TokenRows | PackedRows
+    targets: mx.array  # (B, T), packed (N,)
+    weights: mx.array  # like targets, 1 / tokens of the whole step where a token is imitated
+    lengths: mx.array  # (B, 1) tokens of each row's example, packed (R, L) of each column's
+    columns: int  # inputs that are run, padding included
 
 
 class SFTTrainer(BaseTrainer[SFTBatch]):
@@ -58,54 +59,96 @@ class SFTTrainer(BaseTrainer[SFTBatch]):
         super().__init__(model, optimizer, seed=seed, limits=limits)
         self.config, self.pairs, self.take, self.token_budget = config, pairs, take, token_budget
         self.validation = validation[: config.validation_examples]
+        if config.packing:
+            require_packable(model)
+        if config.neftune_alpha:
+            embedding_of(model)
 
     def collect(self, step: int) -> tuple[list[list[SFTBatch]], Metrics]:
+        # Dropout acts, and layers with kernels of their own take the path that has a gradient.
+        self.model.train()
         size = self.config.batch_size
         pairs = [self.pairs[index] for index in self.take(step * size, size)]
-        batch = sft_batches(pairs, self.token_budget)
-        return [batch], {"tokens_trained": float(sum(len(pair.target) for pair in pairs))}
+        batches = self._batches(pairs)
+        return [batches], {
+            "tokens_trained": float(sum(sum(pair.trained) for pair in pairs)),
+            "padded_share": 1 - sum(len(pair) - 1 for pair in pairs) / sum(batch.columns for batch in batches),
+        }
 
     def loss(self, model: nn.Module, batch: SFTBatch) -> tuple[mx.array, Mapping[str, mx.array]]:
-        logprobs, _ = score(model, batch.rows)
-        loss, metrics = nll_loss(logprobs, batch.weights)
-        return loss, {**metrics, "tokens": (batch.weights > 0).sum()}
+        with self._noise(model, batch):
+            logprobs, metrics = imitation(model, batch)
+        loss, _ = LOSSES[self.config.loss](logprobs, batch.weights)
+        return loss, metrics
 
     def validate(self, step: int) -> Metrics:
-        """The loss on held-out pairs after `step` steps, now and then."""
+        """The negative log-likelihood of held-out targets, every so many steps; without noise or dropout."""
         every = self.config.validation_every
         if every is None or step % every or not self.validation:
             return {}
-        parts = [float(self.loss(self.model, batch)[0]) for batch in sft_batches(self.validation, self.token_budget)]
-        return {"validation_loss": sum(parts)}
+        self.model.eval()
+        total = accuracy = 0.0
+        for batch in self._batches(self.validation):
+            logprobs, metrics = imitation(self.model, batch)
+            total += float(nll_loss(logprobs, batch.weights)[0])
+            accuracy += float(metrics["token_accuracy"] * batch.weights.sum())
+        return {"validation_loss": total, "validation_accuracy": accuracy}
+
+    def _noise(self, model: nn.Module, batch: SFTBatch) -> AbstractContextManager[None]:
+        alpha = self.config.neftune_alpha
+        return noisy_embeddings(model, alpha, batch.lengths) if alpha else nullcontext()
+
+    def _batches(self, pairs: Sequence[Pair]) -> list[SFTBatch]:
+        if self.config.packing:
+            return packed_batches(pairs, self.token_budget, self.config.max_length)
+        return sft_batches(pairs, self.token_budget)
+
+
+def imitation(model: nn.Module, batch: SFTBatch) -> tuple[mx.array, dict[str, mx.array]]:
+    """The float32 log-probabilities of the targets; how many there are, and which share greedy decoding would give."""
+    rows = batch.rows
+    logits = packed_logits(model, rows) if isinstance(rows, PackedRows) else completion_logits(model, rows)
+    trained = batch.weights > 0
+    right = mx.argmax(mx.stop_gradient(logits), axis=-1) == batch.targets
+    metrics = {"tokens": trained.sum(), "token_accuracy": masked_mean(right.astype(mx.float32), trained)}
+    return token_logprobs(logits, batch.targets), metrics
 
 
 def sft_batches(pairs: Sequence[Pair], token_budget: int) -> list[SFTBatch]:
-    """The pairs as microbatches whose losses add up to the mean over all target tokens."""
-    tokens = sum(len(pair.target) for pair in pairs)
+    """The pairs as microbatches, a row each, whose losses add up to the mean over all imitated tokens."""
     lengths = [len(pair.prompt) for pair in pairs], [len(pair.target) for pair in pairs]
     parts = plan(lengths[0], list(range(len(pairs))), lengths[1], token_budget=token_budget)
-    return [_sft_batch([pairs[index] for index in part], tokens) for part in parts]
+    return [_side_by_side([pairs[index] for index in part], _trained(pairs)) for part in parts]
 
 
-def _sft_batch(pairs: Sequence[Pair], tokens: int) -> SFTBatch:
+def packed_batches(pairs: Sequence[Pair], token_budget: int, capacity: int) -> list[SFTBatch]:
+    """As `sft_batches`, with several pairs in rows of at most `capacity` columns."""
+    weight = 1 / _trained(pairs)
+    return [
+        SFTBatch(rows, rows.targets, mx.full(rows.targets.shape, weight), rows.lengths, rows.inputs.size)
+        for rows in packed_parts(pairs, capacity, token_budget)
+    ]
+
+
+def _side_by_side(pairs: Sequence[Pair], tokens: int) -> SFTBatch:
     rows = token_rows([pair.prompt for pair in pairs], [pair.target for pair in pairs])
-    return SFTBatch(rows, aggregation_weights(rows.completion_mask, "token_mean", total_tokens=tokens))
+    width = rows.completion_tokens.shape[1]
+    weights = pad_floats([pair.trained for pair in pairs], width) / tokens
+    lengths = mx.array([[len(pair)] for pair in pairs])
+    columns = len(pairs) * (rows.prompt_tokens.shape[1] - 1 + width)
+    return SFTBatch(rows, rows.completion_tokens, weights, lengths, columns)
+
+
+def _trained(pairs: Sequence[Pair]) -> int:
+    return sum(sum(pair.trained) for pair in pairs)
 
 
 def make_pairs(
     examples: Sequence[Example], prompt: PromptConfig, tokenizer: Any, config: SFTConfig
 ) -> tuple[list[Pair], int]:
-    """The examples that have a target and fit, as tokens, and how many were left out. `ValueError` for none."""
-    pairs = [
-        Pair(tuple(prompt_tokens(example, prompt, tokenizer)), tuple(target_tokens(example.target, tokenizer)))
-        for example in examples
-        if example.target is not None
-    ]
-    kept = [
-        pair
-        for pair in pairs
-        if len(pair.prompt) <= config.max_prompt_tokens and len(pair.prompt) + len(pair.target) <= config.max_length
-    ]
+    """The examples that have a demonstration and fit, as tokens, and how many were left out. `ValueError` for none."""
+    pairs = [pair for example in examples if (pair := make_pair(example, prompt, tokenizer, config.loss_on))]
+    kept = [pair for pair in pairs if len(pair.prompt) <= config.max_prompt_tokens and len(pair) <= config.max_length]
     if not kept:
         raise ValueError(
             f"sft: no target of {len(examples)} examples ({len(pairs)} have one) fits max_prompt_tokens "

@@ -19,7 +19,8 @@ from mlx_ops.batching import Tree
 
 Batch = TypeVar("Batch")
 Metrics = dict[str, float]
-SUMS = ("tokens", "skipped_updates")
+SUMS = ("tokens", "updates", "skipped_updates")
+RATES = {"generate": "tokens_generated", "update": "tokens"}
 Report = Callable[[int, Metrics], None]
 
 
@@ -49,24 +50,33 @@ class BaseTrainer(ABC, Generic[Batch]):
 
     @abstractmethod
     def collect(self, step: int) -> tuple[Iterable[Sequence[Batch]], Metrics]:
-        """The minibatches of a step, each as microbatches whose losses add up to the minibatch's, and metrics."""
+        """The minibatches of a step, each as microbatches whose losses add up to the minibatch's, and metrics.
+
+        Minibatches may come one at a time, as the updates before them are done; metrics may grow until the last.
+        """
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[mx.array, Mapping[str, mx.array]]:
-        """The microbatch's share of the minibatch's loss, and detached metrics that are averaged by `weight`."""
+        """The microbatch's share of the minibatch's loss, and detached metrics.
+
+        Metrics are averaged by `tokens`; parts of the loss end in `_loss` and add up; arrays are for `observe`.
+        """
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs beside weights, optimizer and step; JSON."""
         return {"nonfinite_in_a_row": self.nonfinite_in_a_row}
 
-    def restore(self, step: int, state: Mapping[str, Any]) -> None:
-        """Go on after `step` completed steps."""
+    def arrays(self) -> dict[str, mx.array]:
+        """What else it needs, as arrays: those of the last completed step while the trainer rests."""
+        return {}
+
+    def restore(self, step: int, state: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> None:  # noqa: ARG002
+        """Go on after `step` completed steps, with what `state` and `arrays` gave then."""
         self.completed = step
         self.nonfinite_in_a_row = int(state["nonfinite_in_a_row"])
 
-    def arrays(self) -> dict[str, mx.array]:
-        """What else a checkpoint has to hold, as arrays."""
-        return {}
+    def observe(self, batch: Batch, extra: Mapping[str, mx.array]) -> None:
+        """Look at what a microbatch's loss returned beside the loss."""
 
     def fit(
         self,
@@ -78,20 +88,24 @@ class BaseTrainer(ABC, Generic[Batch]):
         shield: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Train up to `steps` completed steps. An interrupt is held by `shield` while weights or state move."""
-        self.committed = self.state()
+        self.committed, saved = self.state(), 0.0
         for step in range(self.completed, steps):
             started = time.perf_counter()
+            mx.reset_peak_memory()
             mx.random.seed(self.seed * 1_000_003 + step)
             minibatches, metrics = self.collect(step)
             with shield():
                 self.resting = False
                 metrics |= mean_of([self.update(batch) for batch in minibatches])
+            updated = time.perf_counter()
             metrics |= evaluate(step + 1)
             with shield():
-                metrics["seconds/step"] = time.perf_counter() - started
-                report(step + 1, metrics)
+                done = time.perf_counter()
+                metrics |= {"seconds/evaluate": done - updated, "seconds/step": done - started, "seconds/save": saved}
+                report(step + 1, metrics | rates(metrics) | {"peak_memory_gb": mx.get_peak_memory() / 1e9})
                 self.completed, self.committed, self.resting = step + 1, self.state(), True
             save(self.completed, metrics)
+            saved = time.perf_counter() - done
 
     def update(self, minibatch: Sequence[Batch]) -> Metrics:
         """One optimizer step over microbatches; one whose loss or gradient is not finite changes nothing and counts."""
@@ -103,40 +117,70 @@ class BaseTrainer(ABC, Generic[Batch]):
             total = total + value
             grads = new if grads is None else tree_map(mx.add, grads, new)
             mx.eval(total, grads, extra)
-            parts.append({name: float(number) for name, number in extra.items()})
+            self.observe(batch, extra)
+            parts.append({name: float(number) for name, number in extra.items() if number.ndim == 0})
         assert grads is not None, "a minibatch without microbatches"
-        norm = global_norm(grads)
-        finite = bool((mx.isfinite(norm) & mx.isfinite(total)).item())
+        norms = self.norms(grads)
+        finite = bool(mx.all(mx.isfinite(mx.stack([total, *norms.values()]))).item())
         if finite:
-            self._apply(grads, norm)
-        self._count_nonfinite(finite)
+            self.apply(grads, norms)
+        self.nonfinite_in_a_row = nonfinite_in_a_row(finite, self.nonfinite_in_a_row, self.limits.max_nonfinite_steps)
         return {
-            **mean_of(parts),
+            **whole_of(parts),
+            **{name: float(norm) for name, norm in norms.items()},
             "loss": float(total),
-            "grad_norm": float(norm),
             "learning_rate": float(self.optimizer.learning_rate),
+            "updates": 1.0,
             "skipped_updates": float(not finite),
             "seconds/update": time.perf_counter() - started,
         }
 
-    def _apply(self, grads: Tree, norm: mx.array) -> None:
-        scale = mx.minimum(self.limits.max_grad_norm / (norm + 1e-6), 1.0)
-        self.optimizer.update(self.model, tree_map(lambda g: (g * scale).astype(g.dtype), grads))
+    def norms(self, grads: Tree) -> dict[str, mx.array]:
+        """The norms of the gradients before clipping, by the name of their metric."""
+        return {"grad_norm": global_norm(grads)}
+
+    def apply(self, grads: Tree, norms: Mapping[str, mx.array]) -> None:
+        """Move the weights by gradients that are finite."""
+        self.optimizer.update(self.model, clipped(grads, norms["grad_norm"], self.limits.max_grad_norm))
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
 
-    def _count_nonfinite(self, finite: bool) -> None:
-        self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
-        if self.nonfinite_in_a_row >= self.limits.max_nonfinite_steps:
-            raise FloatingPointError(
-                f"{self.nonfinite_in_a_row} updates in a row had a loss or gradient that is not finite; "
-                "lower the learning rate, or look at the last samples"
-            )
+
+def nonfinite_in_a_row(finite: bool, before: int, limit: int) -> int:
+    """The count after one more update; `FloatingPointError` at the limit."""
+    count = 0 if finite else before + 1
+    if count >= limit:
+        raise FloatingPointError(
+            f"{count} updates in a row had a loss or gradient that is not finite; "
+            "lower the learning rate, or look at the last samples"
+        )
+    return count
 
 
 def global_norm(grads: Tree) -> mx.array:
     """The norm of all gradients together, in float32."""
     squares = [mx.sum(mx.square(cast(mx.array, g).astype(mx.float32))) for _, g in tree_flatten(grads)]
     return mx.sqrt(mx.sum(mx.stack(squares)))
+
+
+def clipped(grads: Tree, norm: mx.array, limit: float) -> Tree:
+    """Gradients of this norm, scaled down to `limit` where they exceed it."""
+    scale = mx.minimum(limit / (norm + 1e-6), 1.0)
+    return tree_map(lambda g: (g * scale).astype(g.dtype), grads)
+
+
+def rates(metrics: Mapping[str, float]) -> Metrics:
+    """Tokens a second of generation and of updates, each over its own seconds."""
+    return {
+        f"tokens_per_second/{part}": metrics[tokens] / metrics[f"seconds/{part}"]
+        for part, tokens in RATES.items()
+        if tokens in metrics and metrics.get(f"seconds/{part}", 0.0) > 0
+    }
+
+
+def whole_of(parts: Sequence[Mapping[str, float]]) -> Metrics:
+    """An update's metrics from those of its microbatches: shares of its loss add up, the rest as in `mean_of`."""
+    shares = [name for name in parts[0] if name.endswith("_loss")]
+    return mean_of(parts) | {name: sum(part[name] for part in parts) for name in shares}
 
 
 def mean_of(rows: Sequence[Mapping[str, float]]) -> Metrics:

@@ -59,6 +59,7 @@ def load_entry(file: Path, overrides: Sequence[str] = ()) -> Entry:
     entry = Entry(experiment, file)
     entry.load_plugins()
     _look_up_rewards(entry)
+    _look_up_evaluations(entry)
     return entry
 
 
@@ -89,6 +90,16 @@ def _look_up_rewards(entry: Entry) -> None:
             build_reward(config)
         except ValueError as error:
             raise ValueError(f"{entry.source}: rewards.{place}.options: {error}") from error
+
+
+def _look_up_evaluations(entry: Entry) -> None:
+    from pipeline.evaluation.run import check_evaluation
+
+    for place, config in enumerate(entry.experiment.evaluations):
+        try:
+            check_evaluation(config)
+        except ValueError as error:
+            raise ValueError(f"{entry.source}: evaluations.{place}: {error}") from error
 
 
 def _refuse_clashes(entries: Sequence[Entry]) -> None:

@@ -1,6 +1,6 @@
 """Asset checks: what would be wrong without an error. An asset's checks share one step, and so one process."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -28,28 +28,47 @@ def dataset_checks(config: DatasetConfig) -> dg.AssetChecksDefinition:
         dg.AssetCheckSpec("no_overlap", asset=key, blocking=True, description="No question is in train and test."),
     ]
 
-    @dg.multi_asset_check(name=f"dataset__{config.name}_checks", specs=specs, ins={"dataset": dg.AssetIn(key)})
-    def checks(dataset: DatasetRef, runs: RunStore) -> Iterator[dg.AssetCheckResult]:
+    @dg.multi_asset_check(
+        name=f"dataset__{config.name}_checks", specs=specs, ins={"dataset": dg.AssetIn(key)}, can_subset=True
+    )
+    def checks(
+        context: dg.AssetCheckExecutionContext, dataset: DatasetRef, runs: RunStore
+    ) -> Iterator[dg.AssetCheckResult]:
         from pipeline.data.store import read_examples
 
         folder = runs.locate(dataset.path)
-        train, test = (read_examples(folder, split, None) for split in ("train", "test"))
+        train, test = (read_examples(folder, split, dataset.sha256) for split in ("train", "test"))
         wants_test = config.test is not None or config.held_out > 0
-        yield dg.AssetCheckResult(
-            asset_key=key,
-            check_name="not_empty",
-            passed=bool(train) and (bool(test) or not wants_test),
-            metadata={"train": len(train), "test": len(test)},
-        )
-        shared = overlap(train, test)
-        yield dg.AssetCheckResult(
-            asset_key=key,
-            check_name="no_overlap",
-            passed=not shared,
-            metadata={"shared": len(shared), "first": shared[:5]},
-        )
+        yield from selected(context, split_results(key, train, test, wants_test=wants_test))
 
     return checks
+
+
+def selected(
+    context: dg.AssetCheckExecutionContext, results: Iterable[dg.AssetCheckResult]
+) -> Iterator[dg.AssetCheckResult]:
+    """The results that this run was asked for: one check can be run alone from the UI."""
+    names = {key.name for key in context.selected_asset_check_keys}
+    return (result for result in results if result.check_name in names)
+
+
+def split_results(
+    key: dg.AssetKey, train: Sequence["Example"], test: Sequence["Example"], *, wants_test: bool
+) -> Iterator[dg.AssetCheckResult]:
+    """What the splits of a dataset are like."""
+    yield dg.AssetCheckResult(
+        asset_key=key,
+        check_name="not_empty",
+        passed=bool(train) and (bool(test) or not wants_test),
+        metadata={"train": len(train), "test": len(test)},
+    )
+    shared = overlap(train, test)
+    yield dg.AssetCheckResult(
+        asset_key=key,
+        check_name="no_overlap",
+        passed=not shared,
+        metadata={"shared": len(shared), "first": shared[:5]},
+    )
 
 
 def overlap(train: Sequence["Example"], test: Sequence["Example"]) -> list[str]:
@@ -79,15 +98,22 @@ def checkpoint_checks(entry: Entry, stage: str) -> dg.AssetChecksDefinition:
         specs=specs,
         ins={"checkpoint": dg.AssetIn(key)},
         pool=DEVICE_POOL,
+        can_subset=True,
     )
-    def checks(checkpoint: CheckpointRef, runs: RunStore, mlx: MlxResource) -> Iterator[dg.AssetCheckResult]:
+    def checks(
+        context: dg.AssetCheckExecutionContext, checkpoint: CheckpointRef, runs: RunStore, mlx: MlxResource
+    ) -> Iterator[dg.AssetCheckResult]:
         folder = runs.locate(checkpoint.path)
         fault = weights_fault(folder, mlx)
-        yield dg.AssetCheckResult(
-            asset_key=key, check_name="reloads_finite", passed=fault is None, description=fault, metadata={}
+        yield from selected(
+            context,
+            [
+                dg.AssetCheckResult(
+                    asset_key=key, check_name="reloads_finite", passed=fault is None, description=fault
+                ),
+                *reward_results(key, training_rows(folder)),
+            ],
         )
-        if stage != "sft":
-            yield from _reward_checks(key, training_rows(folder))
 
     return checks
 
@@ -113,7 +139,8 @@ def training_rows(checkpoint: Path) -> list[dict[str, Any]]:
     return read_metrics(folders[0]) if folders else []
 
 
-def _reward_checks(key: dg.AssetKey, rows: Sequence[Mapping[str, Any]]) -> Iterator[dg.AssetCheckResult]:
+def reward_results(key: dg.AssetKey, rows: Sequence[Mapping[str, Any]]) -> Iterator[dg.AssetCheckResult]:
+    """What the rewards of a training were like; rows without rewards count as rewards that never moved."""
     varied = any((row.get("reward_std") or 0.0) > 0 for row in rows)
     yield dg.AssetCheckResult(
         asset_key=key,

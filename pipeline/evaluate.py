@@ -32,15 +32,13 @@ def evaluate_checkpoint(
     subject: Subject,
     directory: Path,
     device: DeviceSettings,
-    run_id: str | None = None,
 ) -> "EvaluationReport":
     """Put a benchmark to a checkpoint's model; the report lands in `directory`. Errors are `evaluate`'s and `load_policy`'s."""
     from mlx_ops.backend import prepare
     from pipeline.evaluation.run import evaluate
 
     policy = load(subject.checkpoint_dir / "model", device, prepare(device.device))
-    context = surroundings(experiment, subject, run_id)
-    return evaluate(policy, evaluation, context=context, directory=directory)
+    return evaluate(policy, evaluation, context=surroundings(experiment, subject), directory=directory)
 
 
 def load(folder: Path, device: DeviceSettings, backend: "Backend") -> "Policy":
@@ -54,7 +52,7 @@ def load(folder: Path, device: DeviceSettings, backend: "Backend") -> "Policy":
     return load_policy(folder, None if backend.is_gpu else mx.float32)
 
 
-def surroundings(experiment: ExperimentConfig, subject: Subject, run_id: str | None) -> "EvaluationContext":
+def surroundings(experiment: ExperimentConfig, subject: Subject) -> "EvaluationContext":
     """What a report says about the model and the experiment's data."""
     from pipeline.data.store import read_examples
     from pipeline.evaluation.base import EvaluationContext
@@ -70,7 +68,7 @@ def surroundings(experiment: ExperimentConfig, subject: Subject, run_id: str | N
         checkpoint=checkpoint.path,
         checkpoint_sha256=checkpoint.sha256,
         step=checkpoint.step,
-        run_id=run_id,
+        run_id=training_run(checkpoint),
         dataset=DatasetInfo(
             name=dataset.name,
             revision=getattr(source, "revision", None),
@@ -82,3 +80,9 @@ def surroundings(experiment: ExperimentConfig, subject: Subject, run_id: str | N
         rewards=experiment.rewards,
         provenance=collect(project_root()),
     )
+
+
+def training_run(checkpoint: CheckpointRef) -> str | None:
+    """The run that made a checkpoint, as its path says: `<experiment>/<stage>/<run>/…`."""
+    parts = Path(checkpoint.path).parts
+    return parts[2] if len(parts) > 2 else None

@@ -6,13 +6,16 @@ No label is called `path`: Dagster's own would take its place.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from pipeline.plots import curves
 from pipeline.provenance import collect
 from pipeline.resources import project_root
+
+if TYPE_CHECKING:
+    from pipeline.data.store import DatasetSummary
 
 Metadata = dict[str, Any]
 
@@ -24,6 +27,7 @@ CURVES = {
     "entropy_curve": ("entropy",),
 }
 SAMPLE_COLUMNS = ("step", "reward", "prompt", "completion", "answer", "tokens", "truncated")
+EXAMPLE_COLUMNS = ("id", "prompt", "target", "answer")
 MAX_TEXT = 1000
 """Characters of one cell: metadata goes into the run database."""
 
@@ -36,7 +40,7 @@ def training_metadata(rows: Sequence[Mapping[str, Any]], samples: Sequence[Mappi
     return {
         **(final_numbers(rows[-1]) if rows else {}),
         **{label: plot for label, plot in plots.items() if plot is not None},
-        "samples": sample_table(samples),
+        "samples": table(samples, SAMPLE_COLUMNS),
     }
 
 
@@ -46,10 +50,24 @@ def final_numbers(row: Mapping[str, Any]) -> Metadata:
     return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
 
 
-def sample_table(samples: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
-    """Completions as a table; an empty one has its columns too."""
-    columns = [dg.TableColumn(name, "string") for name in SAMPLE_COLUMNS]
-    records = [dg.TableRecord({name: _cell(row.get(name)) for name in SAMPLE_COLUMNS}) for row in samples]
+def dataset_metadata(summary: "DatasetSummary") -> Metadata:
+    """Of a dataset: its counts, what was set aside and why, the first examples."""
+    return {
+        "dagster/row_count": summary.train + summary.test,
+        "train": summary.train,
+        "test": summary.test,
+        "rejected": summary.rejected,
+        "rejected_because": dg.MetadataValue.json(dict(summary.reasons)),
+        "sources": dg.MetadataValue.json(dict(summary.sources)),
+        "characters": dg.MetadataValue.json(dict(summary.lengths)),
+        "examples": table(summary.samples, EXAMPLE_COLUMNS),
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dg.TableMetadataValue:
+    """Rows as a table of short texts; an empty one has its columns too."""
+    columns = [dg.TableColumn(name, "string") for name in names]
+    records = [dg.TableRecord({name: _cell(row.get(name)) for name in names}) for row in rows]
     return dg.MetadataValue.table(records, schema=dg.TableSchema(columns))
 
 

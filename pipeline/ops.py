@@ -92,6 +92,7 @@ def _train(
     runs: RunStore,
     mlx: MlxResource,
 ) -> "Trained":
+    mlx.prepare()  # before anything imports MLX
     from pipeline.train import Job, train_stage
 
     steps = getattr(experiment, stage).steps

@@ -1,4 +1,4 @@
-"""What made a result: commit, versions, machine. Secrets, host and user names stay out: nothing here is read from the environment."""
+"""What made a result: commit, versions, machine. No environment variable is read; host and user names stay out."""
 
 import platform
 import subprocess

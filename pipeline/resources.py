@@ -89,7 +89,7 @@ class MlxResource(dg.ConfigurableResource):
         return experiment if self.seed is None else experiment.model_copy(update={"seed": self.seed})
 
     def prepare(self) -> "Backend":
-        """Choose the device, in the process that computes."""
+        """Choose the device, in the process that computes. Call it first: a fast BLAS must be loaded before MLX."""
         from mlx_ops.backend import prepare
 
         return prepare(self.device)

@@ -20,16 +20,17 @@ from configs.schema import (
     ExperimentConfig,
     GRPOConfig,
     LoraAdapter,
+    PluginPolicyConfig,
     PolicyConfig,
+    PPOConfig,
     PretrainedModel,
     SamplingConfig,
     SFTConfig,
     TrainingConfig,
 )
 from mlx_ops.backend import Backend, prepare
-from mlx_ops.checkpoint import CheckpointStore, Saved, manifest_digest, restore_optimizer
+from mlx_ops.checkpoint import CheckpointStore, Saved, manifest_digest, restore_optimizer, trainer_arrays
 from mlx_ops.generation import generate
-from mlx_ops.grpo import GRPOTrainer
 from mlx_ops.microbatches import suggest_token_budget
 from mlx_ops.model import (
     DTYPES,
@@ -49,7 +50,9 @@ from mlx_ops.prompts import completion_text, prompt_text
 from mlx_ops.rollout import Sampler, judge, make_tasks
 from mlx_ops.sft import SFTTrainer, make_pairs
 from mlx_ops.trainer import BaseTrainer, Metrics
-from pipeline.data.samplers import make_sampler
+from mlx_ops.watchdog import Watchdog
+from pipeline.algorithms import algorithm_of
+from pipeline.data.samplers import Shuffled, make_sampler
 from pipeline.data.store import read_examples
 from pipeline.resources import DeviceSettings
 from pipeline.samples import SampleFiles
@@ -58,8 +61,9 @@ from rewards.composer import RewardComposer
 
 log = logging.getLogger(__name__)
 
-Stage = Literal["sft", "grpo", "ppo"]
+Stage = Literal["sft", "grpo", "ppo", "rl"]
 Settings = dict[str, Any]
+Reinforcement = GRPOConfig | PPOConfig | PluginPolicyConfig
 MAX_TOKEN_BUDGET = 16_384
 """More padded tokens at once than this gain no speed and delay a cancel."""
 
@@ -117,8 +121,8 @@ def train_stage(job: Job, stage: Stage) -> Trained:
     backend = prepare(job.device.device)
     policy = _load_start(job, config, backend)
     samples = SampleFiles(job.run_dir / "samples")
-    parts = BUILDERS[stage](job, policy, config, samples, _token_budget(config, policy, backend))
-    run = _Run(job, stage, config, policy, parts.trainer)
+    parts = _build(job, policy, config, samples, _token_budget(config, policy, backend))
+    run = _Run(job, stage, config, policy, parts.trainer, parts.watchdog)
     run.resume()
     run.fit(parts.evaluate)
     return publish(run.store.chosen(), job, stage, samples.best_and_worst(job.experiment.monitoring.log_samples))
@@ -130,6 +134,7 @@ class Parts:
 
     trainer: BaseTrainer[Any]
     evaluate: Callable[[int], Metrics]
+    watchdog: Watchdog | None
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,7 @@ class _Run:
     config: TrainingConfig
     policy: Policy
     trainer: BaseTrainer[Any]
+    watchdog: Watchdog | None
 
     @property
     def store(self) -> CheckpointStore:
@@ -174,17 +180,22 @@ class _Run:
             )
         load_weights(self.policy, self.config, saved.path)
         restore_optimizer(self.trainer.optimizer, saved.path)
-        self.trainer.restore(saved.step, saved.state["trainer"])
+        self.trainer.restore(saved.step, saved.state["trainer"], trainer_arrays(saved.path))
+        if self.watchdog is not None:
+            self.watchdog.restore(saved.state["watchdog"])
 
     def fit(self, evaluate: Callable[[int], Metrics]) -> None:
         every, steps = self.config.checkpoint.save_every, self.config.steps
 
         def save(step: int, metrics: Metrics) -> None:
-            if step % every == 0 or step == steps or self.config.checkpoint.best_metric in metrics:
+            stops = self._not_learning()
+            if step % every == 0 or step == steps or self.config.checkpoint.best_metric in metrics or stops:
                 self.save(metrics)
+            if stops:
+                raise ValueError(f"stopped after step {step}, as watchdog.stop says: {stops}")
 
         try:
-            self.trainer.fit(steps, report=self.job.report, save=save, evaluate=evaluate, shield=held_interrupts)
+            self.trainer.fit(steps, report=self._report, save=save, evaluate=evaluate, shield=held_interrupts)
         except Exception:
             raise
         except BaseException:  # an interrupt: what was reached must not be lost
@@ -192,14 +203,28 @@ class _Run:
                 self.save({})
             raise
 
+    def _report(self, step: int, metrics: Metrics) -> None:
+        self.job.report(step, metrics)
+        if self.watchdog is not None:
+            for symptom in self.watchdog.look(metrics):
+                log.warning("step %d: %s", step, symptom)
+
+    def _not_learning(self) -> str:
+        """What the run is to be stopped for; nothing where the settings only warn."""
+        if self.watchdog is None or not self.watchdog.config.stop:
+            return ""
+        return "; ".join(str(symptom) for symptom in self.watchdog.lasting)
+
     def save(self, metrics: Metrics) -> None:
+        watched = None if self.watchdog is None else self.watchdog.state()
         with held_interrupts():
             self.store.save(
                 self.trainer.completed,
                 write_weights=lambda folder: save_weights(self.policy, self.config, folder),
                 optimizer=self.trainer.optimizer,
-                state={"settings": self.settings(), "trainer": self.trainer.committed},
+                state={"settings": self.settings(), "trainer": self.trainer.committed, "watchdog": watched},
                 metrics=metrics,
+                arrays=self.trainer.arrays(),
             )
 
     def _differences(self, old: Settings) -> list[str]:
@@ -272,8 +297,14 @@ def _token_budget(config: TrainingConfig, policy: Policy, backend: Backend) -> i
     return min(suggested, MAX_TOKEN_BUDGET)
 
 
-def _build_sft(job: Job, policy: Policy, config: SFTConfig, samples: SampleFiles, token_budget: int) -> Parts:
-    del samples
+def _build(job: Job, policy: Policy, config: TrainingConfig, samples: SampleFiles, token_budget: int) -> Parts:
+    if isinstance(config, SFTConfig):
+        return _build_sft(job, policy, config, token_budget)
+    assert isinstance(config, Reinforcement)
+    return _build_policy(job, policy, config, samples, token_budget)
+
+
+def _build_sft(job: Job, policy: Policy, config: SFTConfig, token_budget: int) -> Parts:
     experiment = job.experiment
     train, validation = (
         make_pairs(read_examples(job.dataset_dir, split), experiment.prompt, policy.tokenizer, config)[0]
@@ -285,18 +316,18 @@ def _build_sft(job: Job, policy: Policy, config: SFTConfig, samples: SampleFiles
         config,
         pairs=train,
         validation=validation,
-        take=make_sampler("shuffled", len(train), seed=experiment.seed),
+        take=Shuffled(len(train), experiment.seed).take,
         token_budget=token_budget,
         seed=experiment.seed,
     )
-    return Parts(trainer, trainer.validate)
+    return Parts(trainer, trainer.validate, None)
 
 
-def _build_grpo(job: Job, policy: Policy, config: GRPOConfig, samples: SampleFiles, token_budget: int) -> Parts:
+def _build_policy(job: Job, policy: Policy, config: Reinforcement, samples: SampleFiles, token_budget: int) -> Parts:
     sampler = make_rollouts(job, policy, config, config.group_size)
-    trainer = GRPOTrainer(
+    trainer = algorithm_of(config)(
         policy.model,
-        make_optimizer(config.optimizer, config.learning_rate, config.steps * config.updates_per_step),
+        make_optimizer(config.optimizer, config.learning_rate, config.policy_updates),
         config,
         draw=sampler,
         weights=sampler.judge.weights,
@@ -304,10 +335,7 @@ def _build_grpo(job: Job, policy: Policy, config: GRPOConfig, samples: SampleFil
         seed=job.experiment.seed,
         keep=samples.write,
     )
-    return Parts(trainer, held_out_reward(job, sampler, config))
-
-
-BUILDERS: dict[str, Callable[..., Parts]] = {"sft": _build_sft, "grpo": _build_grpo}
+    return Parts(trainer, held_out_reward(job, sampler, config), Watchdog(config.watchdog))
 
 
 def make_rollouts(job: Job, policy: Policy, config: PolicyConfig, group_size: int) -> Sampler:
@@ -320,13 +348,7 @@ def make_rollouts(job: Job, policy: Policy, config: PolicyConfig, group_size: in
     return Sampler(
         policy=policy,
         tasks=tasks,
-        take=make_sampler(
-            config.order,
-            len(tasks),
-            seed=experiment.seed,
-            weights=[float(task.example.columns.get("weight", 1.0)) for task in tasks],
-            lengths=[len(task.tokens) for task in tasks],
-        ),
+        take=make_sampler(config.order, [task.example for task in tasks], experiment.seed).take,
         sampling=config.sampling,
         group_size=group_size,
         judge=composer,

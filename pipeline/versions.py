@@ -1,6 +1,7 @@
-"""Code versions: a hash of what determines an asset, so that an edit marks that asset as unsynced and no other.
+"""Code versions: a hash of the settings that determine an asset, so that an edit marks what it changes as unsynced.
 
-What an asset takes from upstream is not part of its hash: Dagster follows that by data versions.
+Upstream settings count: Dagster itself looks no further than an asset's direct inputs, and at those only once they are
+made anew, so the report of a checkpoint that is out of date would pass for good.
 """
 
 import ast
@@ -10,8 +11,9 @@ from pathlib import Path
 
 from configs.atomic import sha256
 from configs.loader import digest
-from configs.schema import DatasetConfig, EvaluationConfig, ExperimentConfig
+from configs.schema import DatasetConfig, EvaluationConfig, ExperimentConfig, ScratchModel
 from pipeline.catalog import Entry
+from pipeline.keys import start_stage
 
 
 def dataset_version(config: DatasetConfig) -> str:
@@ -19,23 +21,39 @@ def dataset_version(config: DatasetConfig) -> str:
 
 
 def base_version(experiment: ExperimentConfig) -> str:
-    return digest(experiment.model, experiment.seed)
+    """Of the untrained model; the tokenizer of one from scratch is trained on the dataset."""
+    scratch = isinstance(experiment.model, ScratchModel)
+    return digest(experiment.model, experiment.seed, dataset_version(experiment.dataset) if scratch else None)
 
 
 def stage_version(entry: Entry, stage: str) -> str:
-    """Of a trained model: its own section, how examples become text, and for reinforcement learning the rewards."""
+    """Of a stage's model: its section, how examples become text, for a policy the rewards, and what it starts from."""
     experiment = entry.experiment
-    section = getattr(experiment, stage)
-    if stage == "sft":
-        return digest(section, experiment.prompt, experiment.seed)
-    return digest(section, list(experiment.rewards), experiment.prompt, experiment.seed, rewards_source(entry))
+    if stage == "base":
+        return base_version(experiment)
+    judged = [] if stage == "sft" else [list(experiment.rewards), rewards_source(entry)]
+    return digest(
+        getattr(experiment, stage),
+        experiment.prompt,
+        experiment.seed,
+        dataset_version(experiment.dataset),
+        stage_version(entry, start_stage(experiment, stage)),
+        *judged,
+    )
 
 
-def report_version(entry: Entry, evaluation: EvaluationConfig) -> str:
-    """Of a report: the benchmark's settings, the prompt, and the rewards where they are what it measures."""
+def report_version(entry: Entry, stage: str, evaluation: EvaluationConfig) -> str:
+    """Of a report: the benchmark's settings, the model's version, and the rewards where they are what it measures."""
     experiment = entry.experiment
     judged = [list(experiment.rewards), rewards_source(entry)] if evaluation.benchmark == "held_out" else []
-    return digest(evaluation, experiment.prompt, experiment.seed, *judged)
+    return digest(
+        evaluation,
+        experiment.prompt,
+        experiment.seed,
+        dataset_version(experiment.dataset),
+        stage_version(entry, stage),
+        *judged,
+    )
 
 
 def rewards_source(entry: Entry) -> str:

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import sys
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -126,9 +125,9 @@ class Bwrap(Backend):
         settings = [part for name, value in environment("/tmp").items() for part in ("--setenv", name, value)]
         return [
             *(self.path, "--info-fd", str(place.info), *isolate, "--cap-drop", "ALL"),
-            *system_mounts([*python_paths(), *place.packages]),
-            *("--ro-bind", str(_CODE), f"{self.code}/isolated", *devices, *home, *settings),
-            *("--remount-ro", "/", "--", *interpreter),
+            # /tmp comes first: what is bound after it may lie below it.
+            *(*home, *settings, *system_mounts([*python_paths(), *place.packages]), *devices),
+            *("--ro-bind", str(_CODE), f"{self.code}/isolated", "--remount-ro", "/", "--", *interpreter),
         ]
 
     def rules(self, _place: Place, /) -> dict[str, Any]:
@@ -210,12 +209,10 @@ def interpreter_path() -> str:
 
 def python_paths() -> list[str]:
     """The interpreter, its standard library and its shared libraries, where they lie outside /usr."""
-    paths = sysconfig.get_paths()
     prefix = Path(sys.base_prefix).resolve()
-    wanted = [interpreter_path(), paths["stdlib"], paths["platstdlib"], str(prefix / "lib"), str(prefix / "lib64")]
-    real = dict.fromkeys(os.path.realpath(path) for path in wanted)
-    outside = [path for path in real if not path.startswith("/usr/") and Path(path).exists()]
-    return [path for path in outside if not any(path.startswith(other + "/") for other in outside)]
+    wanted = [Path(interpreter_path()), Path(os.__file__).resolve().parent, prefix / "lib", prefix / "lib64"]
+    outside = [path for path in dict.fromkeys(wanted) if not path.is_relative_to("/usr") and path.exists()]
+    return [str(path) for path in outside if not any(other in path.parents for other in outside)]
 
 
 def system_mounts(paths: list[str]) -> list[str]:

@@ -38,7 +38,7 @@ TINY: dict[str, Any] = {
         "sampling": {"max_tokens": 8},
         "checkpoint": {"save_every": 2},
     },
-    "rewards": [{"name": "numeric_answer"}, {"name": "length", "weight": 0.0}],
+    "rewards": [{"name": "numeric_answer"}, {"name": "format", "weight": 0.0}],
     "evaluations": [{"benchmark": "held_out", "limit": 4, "sampling": {"temperature": 0.0, "max_tokens": 8}}],
 }
 """Runs from data to leaderboard in seconds, and learns nothing."""

@@ -5,12 +5,10 @@ import dagster as dg
 from pipeline.catalog import Entry
 from pipeline.guard import long_work
 from pipeline.keys import DATASETS_GROUP, dataset_key
-from pipeline.metadata import folder
+from pipeline.metadata import dataset_metadata, folder
 from pipeline.refs import DatasetRef
 from pipeline.resources import RunStore
 from pipeline.versions import dataset_version
-
-PREVIEW = 5
 
 
 def dataset_asset(entry: Entry) -> dg.AssetsDefinition:
@@ -39,13 +37,7 @@ def dataset_asset(entry: Entry) -> dg.AssetsDefinition:
             test=summary.test,
             rejected=summary.rejected,
         )
-        metadata = {
-            "dagster/row_count": ref.train + ref.test,
-            "train": ref.train,
-            "test": ref.test,
-            "rejected": ref.rejected,
-            **folder("dataset_dir", directory),
-        }
+        metadata = {**dataset_metadata(summary), **folder("dataset_dir", directory)}
         return dg.MaterializeResult(value=ref, metadata=metadata, data_version=dg.DataVersion(ref.sha256))
 
     return dataset

@@ -5,6 +5,7 @@ from typing import Any
 
 import dagster as dg
 
+from configs.loader import digest
 from configs.schema import ScratchModel
 from pipeline.catalog import Entry
 from pipeline.guard import long_work
@@ -59,6 +60,7 @@ def _base(entry: Entry, ins: Mapping[str, dg.AssetIn]) -> Callable[[Callable[...
 def _make_base(
     entry: Entry, dataset: DatasetRef | None, context: dg.AssetExecutionContext, runs: RunStore, mlx: MlxResource
 ) -> dg.MaterializeResult[CheckpointRef]:
+    mlx.prepare()  # before anything imports MLX
     from pipeline.train import make_base
 
     experiment = mlx.apply(entry.experiment)
@@ -69,7 +71,7 @@ def _make_base(
         path=runs.relative(made.checkpoint),
         stage="base",
         step=0,
-        config_digest=base_version(experiment),
+        config_digest=digest(experiment.model),
         sha256=made.sha256,
     )
     metadata = {**folder("checkpoint_dir", made.checkpoint), **made_by()}

@@ -32,7 +32,7 @@ def report_asset(entry: Entry, stage: str, evaluation: EvaluationConfig) -> dg.A
         kinds={"mlx"},
         pool=DEVICE_POOL,
         retry_policy=dg.RetryPolicy(max_retries=1, delay=1),
-        code_version=report_version(entry, evaluation),
+        code_version=report_version(entry, stage, evaluation),
         automation_condition=NEW_CHECKPOINT,
         description=f"{evaluation.benchmark} of the {stage} model.",
     )

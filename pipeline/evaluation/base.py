@@ -1,4 +1,4 @@
-"""What an evaluator is: problems out of data, and verdicts on completions. Drawing, counting and writing are `run.py`'s."""
+"""What an evaluator is: problems out of data, and verdicts on completions. Drawing and counting are `run.py`'s."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,9 @@ GRADING_FAULTS = (ValueError, ArithmeticError, LookupError, TypeError, Recursion
 """What a grader may trip over in one problem. Such a problem counts as wrong, and its error is kept."""
 
 
+NO_DATASET = DatasetInfo(name="none", split="test")
+
+
 @dataclass(frozen=True)
 class EvaluationContext:
     """What surrounds an evaluation: whose model it is, its data, and what the report says about both."""
@@ -35,7 +38,7 @@ class EvaluationContext:
     run_id: str | None = None
     adapter_sha256: str | None = None
     dtype: str | None = None
-    dataset: DatasetInfo = DatasetInfo(name="none", split="test")
+    dataset: DatasetInfo = NO_DATASET
     """Of the experiment; its `split` is what `test` was taken from."""
     test: Sequence[Example] = ()
     train: Sequence[Example] = ()
@@ -46,7 +49,7 @@ class EvaluationContext:
 
 @dataclass(frozen=True)
 class Problem:
-    """One item, with how it becomes tokens: its example rendered by `prompt`, then `prefix` as the answer's beginning."""
+    """One item, and how it becomes tokens: its example rendered by `prompt`, then `prefix`, the answer's beginning."""
 
     example: Example
     prompt: PromptConfig
@@ -59,6 +62,11 @@ class Problem:
     @property
     def id(self) -> str:
         return self.example.id
+
+    @property
+    def question(self) -> str:
+        """What is asked, without what the protocol puts around it: `data["question"]`, else the example's prompt."""
+        return self.data.get("question", self.example.prompt)
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,11 @@ class BaseEvaluator(ABC):
         """The verdict on the samples of one problem. One of `GRADING_FAULTS` makes it a failed problem."""
 
     @property
+    def where(self) -> str:
+        """How errors begin."""
+        return f"evaluation {self.evaluation.key!r}"
+
+    @property
     @abstractmethod
     def metric(self) -> str:
         """The headline metric: a name among the scores."""
@@ -164,8 +177,8 @@ class BaseEvaluator(ABC):
         """Where the items come from; the experiment's dataset unless overridden."""
         return self.context.dataset
 
-    @classmethod
-    def check(cls, options: Any, evaluation: EvaluationConfig) -> None:  # noqa: B027 (most need nothing)
+    @classmethod  # noqa: B027 (most need nothing)
+    def check(cls, options: Any, evaluation: EvaluationConfig) -> None:
         """What settings alone can tell: `ValueError` for what can't work, long before any model is loaded."""
 
     def prepare(self) -> None:  # noqa: B027 (most need nothing)

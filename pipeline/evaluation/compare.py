@@ -1,15 +1,15 @@
 """Two models on the same problems: what the difference is, and the sentence that one may write about it.
 
-A difference is called established where the exact McNemar test gives p < 0.05 and the paired bootstrap's 95% interval leaves
-zero out; where problems have scores between 0 and 1, the interval alone decides. One comparison is meant: among twenty
-comparisons of equal models, one is expected to look established.
+A difference is called established where the exact McNemar test gives p < 0.05 and the paired bootstrap's 95% interval
+leaves zero out; where problems have scores between 0 and 1, the interval alone decides. One comparison is meant: among
+twenty comparisons of equal models, one is expected to look established.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from configs.schema import Strict
-from pipeline.evaluation.report import EvaluationReport, Item, differences
+from pipeline.evaluation.report import EvaluationReport, Item, Metric, differences
 from pipeline.evaluation.report_files import read_items, read_report
 from pipeline.evaluation.statistics import mcnemar, paired_bootstrap
 
@@ -20,6 +20,8 @@ class Comparison(Strict):
     """The second model against the first, problem by problem."""
 
     metric: str
+    share: bool
+    """Scores lie between 0 and 1 by nature."""
     n: int
     first: str
     """`experiment/stage at step`."""
@@ -40,29 +42,23 @@ class Comparison(Strict):
 
     def sentence(self) -> str:
         """What may be said of the two, with n, interval and test."""
-        share = self._is_share
-        change = f"{100 * self.difference:+.1f} points" if share else f"{self.difference:+.3f}"
-        interval = (
-            f"[{100 * self.low:+.1f}, {100 * self.high:+.1f}]" if share else f"[{self.low:+.3f}, {self.high:+.3f}]"
-        )
+        times, digits, unit = (100, 1, " points") if self.share else (1, 3, "")
+        change, low, high = (f"{times * x:+.{digits}f}" for x in (self.difference, self.low, self.high))
         test = "" if self.p_value is None else f", McNemar p = {self.p_value:.2g}"
         return (
             f"On the same {self.n} problems, {self.second} has {self.metric} {self._score(self.second_score)} against "
-            f"{self._score(self.first_score)} of {self.first}: {change} (95% interval {interval}{test}; {self.gained} "
-            f"problems gained, {self.lost} lost). {self._verdict()}"
+            f"{self._score(self.first_score)} of {self.first}: {change}{unit} (95% interval [{low}, {high}]{test}; "
+            f"{self.gained} problems gained, {self.lost} lost). {self._verdict()}"
         )
 
     def _verdict(self) -> str:
         if self.established:
-            return f"{self.second} is {'better' if self.difference > 0 else 'worse'}."
+            direction = "higher" if self.difference > 0 else "lower"
+            return f"The difference is established: {self.second} scores {direction}."
         return "A difference is not shown; that is no proof that there is none."
 
-    @property
-    def _is_share(self) -> bool:
-        return all(0 <= score <= 1 for score in (self.first_score, self.second_score))
-
     def _score(self, score: float) -> str:
-        return f"{score:.1%}" if self._is_share else f"{score:.3f}"
+        return f"{score:.1%}" if self.share else f"{score:.3f}"
 
 
 def compare_reports(first: Path, second: Path, metric: str | None = None) -> Comparison:
@@ -81,32 +77,31 @@ def compare(
     metric: str | None = None,
 ) -> Comparison:
     """As `compare_reports`, of reports in memory."""
-    if first.comparability != second.comparability:
-        reasons = differences(first, second) or ["the reports' hashes were made by different versions"]
+    reasons = differences(first, second)
+    if reasons or first.comparability != second.comparability:
+        reasons = reasons or ["their hashes were made by different versions of this program"]
         raise ValueError("these reports may not be compared:\n  " + "\n  ".join(reasons))
     name = metric or first.task.metric
-    first.metric(name)
     theirs = {item.id: item.scores.get(name) for item in second_items}
     pairs = [(item.scores.get(name), theirs.get(item.id)) for item in first_items]
     both = [(a, b) for a, b in pairs if a is not None and b is not None]
     if not both:
         raise ValueError(f"no problem has a value for {name!r} in both reports")
-    return _compared(first, second, name, both)
+    return _compared(label(first), label(second), first.metric(name), both)
 
 
-def _compared(
-    first: EvaluationReport, second: EvaluationReport, name: str, pairs: Sequence[tuple[float, float]]
-) -> Comparison:
+def _compared(first: str, second: str, metric: Metric, pairs: Sequence[tuple[float, float]]) -> Comparison:
     before, after = [a for a, _ in pairs], [b for _, b in pairs]
     low, high = paired_bootstrap(before, after)
     gained, lost = sum(b > a for a, b in pairs), sum(b < a for a, b in pairs)
     binary = all(value in (0, 1) for value in (*before, *after))
     p_value = mcnemar(gained, lost) if binary else None
     return Comparison(
-        metric=name,
+        metric=metric.name,
+        share=metric.share,
         n=len(pairs),
-        first=label(first),
-        second=label(second),
+        first=first,
+        second=second,
         first_score=sum(before) / len(before),
         second_score=sum(after) / len(after),
         difference=(sum(after) - sum(before)) / len(pairs),

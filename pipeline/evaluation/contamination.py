@@ -1,7 +1,7 @@
 """How much of an evaluation the training prompts gave away: overlap of word n-grams.
 
-Left out: paraphrases, translations, and what the base model saw before; no n-gram finds those. Problems that a generator
-makes from one pattern share n-grams without sharing an answer: for them, `exact` is the figure to read.
+Left out: paraphrases, translations, and what the base model saw before; no n-gram finds those. Problems that a
+generator makes from one pattern share n-grams without sharing an answer: for them, `exact` is the figure to read.
 """
 
 import re
@@ -11,7 +11,7 @@ from configs.schema import Strict
 
 NGRAM = 8
 OVERLAP = 0.7
-"""An item counts as contaminated when this share of its 8-grams is in the training prompts (PaLM, arXiv:2204.02311, §8)."""
+"""An item is contaminated when this share of its 8-grams is in the training prompts (PaLM, arXiv:2204.02311, §8)."""
 SHOWN = 5
 _WORD = re.compile(r"\w+")
 

@@ -1,8 +1,8 @@
 """GSM8K (arXiv:2110.14168): grade-school word problems with one number for an answer.
 
-Three scores of the same completions stand side by side: `robust` reads an answer as a careful reader would, `strict` and
-`flexible` are lm-eval's filters. Where a completion was cut at the token limit, `robust` takes an answer only from a
-finished line with a marker: what stands last in a cut text is an intermediate value, or half a number.
+Three scores of the same completions stand side by side: `robust` reads an answer as a careful reader would, `strict`
+and `flexible` are lm-eval's filters. Where a completion was cut at the token limit, `robust` takes an answer only from
+a finished line with a marker: what stands last in a cut text is an intermediate value, or half a number.
 """
 
 import re
@@ -110,14 +110,15 @@ class GSM8K(BaseEvaluator):
         too_many = [k for k in options.k or () if k > evaluation.samples]
         if too_many:
             raise ValueError(
-                f"options of evaluation {evaluation.key!r}: k: {too_many} of {evaluation.samples} samples; raise samples"
+                f"options of evaluation {evaluation.key!r}: k: {too_many} of {evaluation.samples} samples; "
+                "raise samples"
             )
 
     def prepare(self) -> None:
         for name in ("path", "train_path", "shots_path"):
             value = getattr(self.options, name)
             if value is not None:
-                existing_file(value, f"evaluation {self.evaluation.key!r}: options.{name}")
+                existing_file(value, f"{self.where}: options.{name}")
 
     # ---- what is asked ----
 
@@ -156,8 +157,8 @@ class GSM8K(BaseEvaluator):
         pool = [_question(example, _worked(example)) for example in self.context.train]
         if len(pool) < SHOTS:
             raise ValueError(
-                f"evaluation {self.evaluation.key!r}: options.train_path: completion_5shot draws {SHOTS} worked examples, "
-                f"and the experiment's dataset has {len(pool)}"
+                f"{self.where}: options.train_path: completion_5shot draws {SHOTS} worked examples, and the "
+                f"experiment's dataset has {len(pool)}"
             )
         return pool
 

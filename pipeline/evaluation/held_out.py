@@ -67,9 +67,7 @@ class HeldOut(BaseEvaluator):
                 f"evaluation {self.evaluation.key!r}: held_out judges by the experiment's rewards; it has none"
             )
         if self._decider not in names:
-            raise ValueError(
-                f"evaluation {self.evaluation.key!r}: options.decided_by: no reward {self._decider!r}; there are {names}"
-            )
+            raise ValueError(f"{self.where}: options.decided_by: no reward {self._decider!r}; there are {names}")
         RewardComposer.from_config(self.context.rewards).validate(self.context.test)
 
     @property

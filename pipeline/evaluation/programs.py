@@ -23,7 +23,7 @@ class ProgramOptions(Strict):
     k: tuple[PositiveInt, ...] = (1,)
     """Which pass@k to report; the first is the headline."""
     extraction: Literal["robust", "plain"] = "robust"
-    """`robust` makes one program of a completion of any shape; `plain` joins prompt and completion, as the origin does."""
+    """`robust` makes a program of a completion of any shape; `plain` joins prompt and completion, as the origin."""
     timeout_seconds: PositiveFloat = 3.0
     """Of one program with its tests, from the start of its own run."""
     workers: PositiveInt | None = None
@@ -36,7 +36,6 @@ class ProgramEvaluator(BaseEvaluator):
     """A benchmark whose completions are programs. Write `problems`, `program` and `test`."""
 
     Options: ClassVar[type[BaseModel]] = ProgramOptions
-    options: ProgramOptions
     _executor: ExecutorInfo | None = None
 
     @abstractmethod
@@ -46,10 +45,6 @@ class ProgramEvaluator(BaseEvaluator):
     @abstractmethod
     def test(self, problem: Problem) -> tuple[str, str]:
         """The hidden test and the name that it calls."""
-
-    @abstractmethod
-    def extraction_version(self) -> str:
-        """Of what `program` does."""
 
     @classmethod
     def check(cls, options: ProgramOptions, evaluation: EvaluationConfig) -> None:
@@ -94,7 +89,7 @@ class ProgramEvaluator(BaseEvaluator):
             verdicts = judge.check_all(jobs)
         for verdict in verdicts:
             if verdict.status == "sandbox_error" and not verdict.detail.startswith(_BROKEN_TEST):
-                raise RuntimeError(f"evaluation {self.evaluation.key!r}: the sandbox failed twice: {verdict.detail}")
+                raise RuntimeError(f"{self.where}: the sandbox failed twice: {verdict.detail}")
         return dict(zip(jobs, verdicts, strict=True))
 
     def _judge(self) -> Judge:
@@ -130,7 +125,7 @@ class ProgramEvaluator(BaseEvaluator):
     @property
     def extraction(self) -> ExtractionInfo:
         rule = "rewards.programs.assemble" if self.options.extraction == "robust" else "prompt + completion"
-        return ExtractionInfo(name=self.options.extraction, version=self.extraction_version(), rules={PASSED: rule})
+        return ExtractionInfo(name=self.options.extraction, version=self.version, rules={PASSED: rule})
 
 
 def _status(verdict: Verdict) -> Status:

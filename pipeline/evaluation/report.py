@@ -1,4 +1,4 @@
-"""What an evaluation says: a number, all that it takes to make it again, and what must agree before it may be compared."""
+"""What an evaluation says: a number, what it takes to make it again, and what must agree before it may be compared."""
 
 import hashlib
 import json
@@ -15,11 +15,13 @@ SCHEMA_VERSION = 1
 Finish = Literal["end", "stop", "length"]
 """A completion ended by itself, at a stop string of the protocol, or was cut at the token limit."""
 Status = Literal["graded", "unparseable", "timeout", "crashed", "unjudged"]
-"""`unparseable`: no answer or program in it. `timeout` and `crashed`: what its program did. `unjudged`: its test is broken."""
+"""`unparseable`: has no answer or program. `timeout`, `crashed`: its program's end. `unjudged`: its test is broken."""
 
 
 class Metric(Strict):
     name: str
+    share: bool
+    """Between 0 and 1 by nature."""
     score: float
     """Mean over problems."""
     stderr: float | None

@@ -1,4 +1,4 @@
-"""Reports on disk: `report.json`, `items.jsonl` and `report.md` in one folder, under a manifest, all of them or none."""
+"""Reports on disk: `report.json`, `items.jsonl` and `report.md` in one folder with a manifest, all or none."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -25,7 +25,6 @@ def write_report(report: EvaluationReport, items: Sequence[Item], directory: Pat
 
 
 def _json(model: Strict, indent: int | None = None) -> str:
-    # Text of a model may hold lone surrogates, which no encoding takes: escaped, they survive.
     return json.dumps(model.model_dump(mode="json"), indent=indent, sort_keys=True, allow_nan=False)
 
 

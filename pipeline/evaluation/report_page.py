@@ -22,7 +22,7 @@ def markdown(report: EvaluationReport, items: Sequence[Item]) -> str:
 
 def format_score(metric: Metric) -> str:
     """`61.2% [58.5, 63.8]` for a share, else `-0.312 [-0.350, -0.274]`: a score and its 95% interval."""
-    if 0 <= metric.low and metric.high <= 1:
+    if metric.share:
         return f"{metric.score:.1%} [{100 * metric.low:.1f}, {100 * metric.high:.1f}]"
     return f"{metric.score:.3f} [{metric.low:.3f}, {metric.high:.3f}]"
 
@@ -61,7 +61,8 @@ def _condition_rows(report: EvaluationReport) -> dict[str, object]:
         "extraction": f"{report.extraction.name} {report.extraction.version}" if report.extraction else None,
         "sandbox": f"{report.executor.backend}, Python {report.executor.python}" if report.executor else None,
         "completions": f"{counts.completions}: {counts.truncated} truncated, {counts.unparseable} unparseable, "
-        f"{counts.timed_out} timed out, {counts.crashed} crashed, {counts.unjudged} unjudged, {counts.sandbox_error} sandbox errors",
+        f"{counts.timed_out} timed out, {counts.crashed} crashed, {counts.unjudged} unjudged, "
+        f"{counts.sandbox_error} sandbox errors",
         "failed problems": counts.failed_problems or None,
         "contamination": report.contamination.sentence() if report.contamination else None,
         "notes": " ".join(report.task.notes),
@@ -103,4 +104,4 @@ def _capped(text: str, cap: int) -> str:
 
 
 def _fenced(text: str) -> str:
-    return "\n".join("    " + line for line in text.encode("utf-8", "replace").decode().splitlines() or [""])
+    return "\n".join("    " + line for line in text.splitlines() or [""])

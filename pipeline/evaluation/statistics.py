@@ -1,7 +1,7 @@
 """The arithmetic of scores: pure functions of numbers.
 
-The unit is the problem. Where a problem has several samples, its value is made of them first, and intervals, standard errors
-and tests are over problems. Left out: corrections for many comparisons, and clusters of related problems.
+The unit is the problem. Where a problem has several samples, its value is made of them first, and intervals, standard
+errors and tests are over problems. Left out: corrections for many comparisons, and clusters of related problems.
 """
 
 import math
@@ -37,8 +37,8 @@ class Estimate:
 def estimate(values: Sequence[float], *, share: bool = True) -> Estimate:
     """The mean of one value a problem. `share` says that values lie within 0 and 1, and so does the interval.
 
-    Wilson's interval where every value is 0 or 1, or where a share doesn't vary; else the normal one. A single value that is
-    no share has no interval: low and high are the value itself. `ValueError` for no values.
+    Wilson's interval where every value is 0 or 1, or where a share doesn't vary; else the normal one. A single value
+    that is no share has no interval: low and high are the value itself. `ValueError` for no values.
     """
     if not values:
         raise ValueError("no values: a mean needs at least one problem")
@@ -73,7 +73,7 @@ def wilson_interval(share: float, n: int, z: float = Z) -> tuple[float, float]:
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """The unbiased estimate of "at least one of k samples passes" from n of which `correct` did (arXiv:2107.03374, eq. 1).
+    """The unbiased estimate of "one of k samples passes" from n of which `correct` did (arXiv:2107.03374, eq. 1).
 
     1 - C(n - c, k) / C(n, k). `ValueError` for n < k: fewer samples than k don't tell.
     """
@@ -117,7 +117,7 @@ def mcnemar(gained: int, lost: int) -> float:
 def paired_bootstrap(
     first: Sequence[float], second: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """The 95% percentile interval of mean(second - first), problems resampled in pairs (Efron and Tibshirani 1993, ch. 13)."""
+    """The 95% percentile interval of mean(second - first), problems resampled in pairs (Efron and Tibshirani 1993)."""
     if len(first) != len(second) or not first:
         raise ValueError(f"expected as many values in both, at least one; got {len(first)} and {len(second)}")
     differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)

@@ -59,7 +59,8 @@ class Proxy:
         """Have the program run. What it raises is raised as `CandidateError`."""
         reply = self._exchange(program)
         if "error" in reply:
-            raise CandidateError(_error_of(reply)[1])
+            _, name, message = _error_of(reply)
+            raise CandidateError(f"{name}: {message}")
 
     def function(self, name: str) -> Callable[..., Any]:
         """A stand-in for the candidate's function of that name."""
@@ -110,17 +111,17 @@ def _encode(arguments: Any) -> Any:
         raise CandidateError(str(error)) from None
 
 
-def _error_of(reply: dict[str, Any]) -> tuple[str, str]:
+def _error_of(reply: dict[str, Any]) -> tuple[str, str, str]:
     match reply["error"]:
-        case [str(name), str(message)]:
-            return name, message[:600]
-    raise wire.WireError("an error is a name and a message")
+        case [str(builtin), str(name), str(message)]:
+            return builtin, name[:100], message[:500]
+    raise wire.WireError("an error is two names and a message")
 
 
-def _raise(name: str, message: str) -> NoReturn:
-    kind = getattr(builtins, name, None)
+def _raise(builtin: str, name: str, message: str) -> NoReturn:
+    kind = getattr(builtins, builtin, None)
     if not isinstance(kind, type) or not issubclass(kind, Exception) or issubclass(kind, _NOT_RAISED):
-        raise CandidateError(message)
+        raise CandidateError(f"{name}: {message}")
     raise kind(message)
 
 

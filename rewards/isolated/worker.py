@@ -54,7 +54,7 @@ def load(program: str, module: types.ModuleType) -> dict[str, Any]:
 
 
 def answer(request: dict[str, Any], module: types.ModuleType, limit: int) -> dict[str, Any]:
-    """The reply to a call: `value`, `error` (class name and message) or `missing`."""
+    """The reply to a call: `value`, `error` (see `_error`) or `missing`."""
     try:
         function = module.__dict__[request["call"]]
     except KeyError:
@@ -70,10 +70,10 @@ def answer(request: dict[str, Any], module: types.ModuleType, limit: int) -> dic
 
 
 def _error(error: BaseException) -> dict[str, Any]:
-    """The nearest builtin class and the message; both may lie, and neither can do more than fail a test."""
+    """The nearest builtin class, the class's own name and the message; they may lie, and do no more than fail a test."""
     kind = next(c for c in type(error).__mro__ if getattr(builtins, c.__name__, None) is c)
     try:
         message = str(error)[:500]
     except BaseException:  # noqa: BLE001 (its own __str__)
         message = ""
-    return {"error": [kind.__name__, f"{type(error).__name__}: {message}"]}
+    return {"error": [kind.__name__, str(type(error).__name__)[:100], message]}

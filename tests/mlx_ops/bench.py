@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+import mlx.nn as nn
 import numpy as np
+from mlx.optimizers import SGD, Optimizer
 
-from configs.schema import GRPOConfig
+from configs.schema import GRPOConfig, PolicyConfig, PPOConfig
+from mlx_ops.algorithm import PolicyTrainer
 from mlx_ops.batching import Completion, Rollout
 from mlx_ops.rollout import Group
 from rewards.base import Example
@@ -58,3 +61,44 @@ def grpo_config(**changes: Any) -> GRPOConfig:
         "aggregation": "token_mean",
     }
     return GRPOConfig.model_validate(fields | changes)
+
+
+def ppo_config(**changes: Any) -> PPOConfig:
+    """Sixteen prompts of one completion, SGD-like sizes."""
+    fields: dict[str, Any] = {
+        "prompts_per_step": 4,
+        "completions_per_prompt": 4,
+        "learning_rate": 1e-3,
+        "sampling": {"max_tokens": 8},
+        "epochs": 1,
+        "minibatches": 1,
+    }
+    return PPOConfig.model_validate(fields | changes)
+
+
+def make_trainer(
+    cls: type[PolicyTrainer[Any]],
+    model: nn.Module,
+    config: PolicyConfig,
+    drawn: Sequence[Group],
+    *,
+    optimizer: Optimizer | None = None,
+    budget: int = 10_000,
+    seed: int = 0,
+    **more: Any,
+) -> Any:
+    """A trainer that is given `drawn` again and again; its samples are in `kept`."""
+    kept: list[Any] = []
+    trainer = cls(
+        model,
+        optimizer or SGD(learning_rate=config.learning_rate),
+        config,
+        draw=lambda position, prompts: (list(drawn[:prompts]), {"seconds/generate": 0.0}),
+        weights={"task": 1.0},
+        token_budget=budget,
+        seed=seed,
+        keep=kept.extend,
+        **more,
+    )
+    trainer.kept = kept  # type: ignore[attr-defined]
+    return trainer

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from configs.schema import MonitoringConfig
-from pipeline.metadata import final_numbers, sample_table, training_metadata
+from pipeline.metadata import SAMPLE_COLUMNS, final_numbers, table, training_metadata
 from pipeline.monitoring import LOG, open_reporter
 from pipeline.plots import MAX_BYTES, curves
 from pipeline.progress import PlainLines, Progress, RichBar, console
@@ -243,7 +243,7 @@ def test_a_run_without_rows_or_samples_has_a_page_too():
 
 
 def test_samples_are_a_table_with_short_cells():
-    (record,) = sample_table([{"step": 3, "reward": 0.123456, "completion": "x" * 5000}]).records
+    (record,) = table([{"step": 3, "reward": 0.123456, "completion": "x" * 5000}], SAMPLE_COLUMNS).records
     assert record.data["reward"] == "0.1235"
     assert record.data["answer"] == ""
     assert len(str(record.data["completion"])) == 1000

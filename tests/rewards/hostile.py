@@ -23,7 +23,7 @@ from typing import Any
 
 from rewards.sandbox import Judge, Limits, Verdict
 
-VECTORS = Path(__file__).parents[2] / ".." / "shared" / "vectors" / "hostile_snippets.json"
+VECTORS = Path(os.environ.get("HOSTILE", Path(__file__).parents[2] / ".." / "shared" / "vectors" / "hostile_snippets.json"))
 
 _SET_CHILD_SUBREAPER = 36
 _CANARY = "canary\n"
@@ -205,7 +205,7 @@ def main() -> int:
             for entry in [*data["controls"], *data["snippets"], *data["controls"]]:
                 hostile = entry["expected"]["verdict"] != "passed"
                 verdict, found = problems(judge, entry, it, hostile=hostile)
-                time.sleep(1)
+                time.sleep(float(os.environ.get("PAUSE", "1")))
                 found += [f"{entry['id']}: still alive: {line}" for line in survivors(known)]
                 print(f"{name} {entry['id']}: {verdict.status} {verdict.seconds:.2f} s {verdict.detail[:90]}", *found)
                 bad += found

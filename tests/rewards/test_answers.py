@@ -246,8 +246,8 @@ def test_no_text_raises_and_a_value_is_its_own_gold(text):
 
 
 LONG = (
-    "#### |\\boxed{|{|<answer>|answer is |Answer:\n|or |1|1,|1,000|1 000 | |\n|Wait, |no.\n|(|<|<<|=|\\|'|*|_|\nQ|$|-|9^{"
-    "|½|Mr. |?! |because 1 so |\u200b"
+    "#### |\\boxed{|{|<answer>|answer is |Answer:\n|or |1|1,|1,000|1 000 | |\n|Wait, |no.\n|(|<|<<|=|\\|'|*|_|\nQ|$|-"
+    "|9^{|½|Mr. |?! |because 1 so |\u200b"
 )
 
 
