@@ -21,7 +21,7 @@ DeviceChoice = Literal["auto", "cpu", "gpu"]
 Kind = Literal["cpu", "metal", "cuda"]
 
 SLOW_GFLOPS = 8.0
-"""The reference BLAS gives 2, the slowest fast one measured under full load 20."""
+"""The reference BLAS gives 2 a CPU-second, a fast one 50 to 100 a core, and a third of that on a machine in heavy use."""
 CPU_CACHE_BYTES = 4 << 30
 FIX = "install a fast BLAS: `pip install 'mlx-rl-trainer[cpu]'` (x86-64) or `apt install libopenblas0-pthread`"
 
@@ -36,7 +36,7 @@ class Backend:
     blas: str
     """The preloaded library, `accelerate`, `device`, or `reference` (slow)."""
     gflops: float
-    """Measured float32 matmul rate; 0 where it was not measured (GPU)."""
+    """Measured float32 matmul rate, a CPU-second; 0 where it was not measured (GPU)."""
     compiles: bool
     """`mx.compile` fuses: always on a GPU, on Linux CPU where g++ is on the path."""
     dtype: Literal["float32", "bfloat16"]
@@ -95,17 +95,17 @@ def prepare(device: DeviceChoice = "auto") -> Backend:
 
 
 def measure_matmul(size: int = 384, repeats: int = 5) -> float:
-    """GFLOP/s of a float32 (size, size) matmul on the default device: the best of `repeats`."""
+    """GFLOP a CPU-second of a float32 (size, size) matmul on a CPU: the best of `repeats`, whatever else the machine does."""
     import mlx.core as mx
 
     a = mx.random.normal((size, size), key=mx.random.key(0))
     mx.eval(a)
     seconds = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         mx.eval(a @ a)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds) / 1e9
+        seconds.append(time.process_time() - start)
+    return 2 * size**3 / max(min(seconds), 1e-9) / 1e9
 
 
 def _cpu(library: str | None) -> Backend:

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_ops.batching import TokenRows
 from mlx_ops.logprobs import entropy as token_entropy
 from mlx_ops.logprobs import token_logprobs
-from mlx_ops.row_cache import causal_mask, refusal
+from mlx_ops.row_cache import causal_mask, refusal, takes_row_masks
 
 Run = Callable[..., mx.array]
 
@@ -108,6 +108,8 @@ def unshared_because(model: nn.Module) -> str | None:
     layers: Any = model.layers
     if "grad_checkpoint" in getattr(type(layers[0]).__call__, "__qualname__", ""):
         return "mlx-lm's grad_checkpoint keeps the prompts' keys and values out of the gradient; use checkpoint_layers"
+    if refusal(model) is None and not takes_row_masks(model):
+        return f"{type(model).__module__} computes an attention of its own, which takes no mask for each row"
     return refusal(model)
 
 

@@ -13,7 +13,7 @@ from configs.schema import SamplingConfig
 from mlx_ops.backend import prepare
 from mlx_ops.batching import Completion
 from mlx_ops.holding import Held, Kind, choose, hold
-from mlx_ops.row_cache import refusal, token_bytes
+from mlx_ops.row_cache import refusal, takes_row_masks, token_bytes
 from mlx_ops.sampling import Sampler, make_sampler, uniforms
 
 CHECK_EVERY = 8
@@ -93,8 +93,16 @@ def generate(  # noqa: PLR0913 (the engine's whole surface)
     rows = [_Row(place, place // group_size, seed) for place, seed in enumerate(seeds)]
     kind, width = _plan(model, prompts, group_size, sampling.max_tokens, max_rows, cache)
     engine = _Engine(model, prompts, make_sampler(sampling), sampling.max_tokens, eos, stop, progress, kind)
-    engine.run(deque(rows), min(width, len(rows)))
+    # Without masks for each row, rows beside each other must have one length: those of one prompt, begun together.
+    together = [rows] if takes_row_masks(model) or kind == "library" else _slices(rows, group_size, width)
+    for part in together:
+        engine.run(deque(part), min(width, len(part)))
     return [Completion(tuple(row.tokens), tuple(row.logprobs), not row.ended) for row in rows]
+
+
+def _slices(rows: list[_Row], group_size: int, width: int) -> list[list[_Row]]:
+    groups = [rows[start : start + group_size] for start in range(0, len(rows), group_size)]
+    return [group[start : start + width] for group in groups for start in range(0, group_size, width)]
 
 
 def _plan(

@@ -8,7 +8,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ops.paged_cache import paged_cache
-from mlx_ops.row_cache import GROWTH, RowCache, refusal
+from mlx_ops.row_cache import GROWTH, RowCache, refusal, takes_row_masks
 from mlx_ops.shared_prompt import GroupLayout, SharedPromptCache, route_attention
 
 Kind = Literal["shared", "rows", "paged", "paged8", "library"]
@@ -35,7 +35,8 @@ def choose(model: Any) -> Kind:
     if refusal(model) is not None:
         return "library"
     # A GPU's fused attention beats the split one's many small kernels.
-    return "shared" if mx.default_device() == mx.Device(mx.cpu) and route_attention(model) else "rows"
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    return "shared" if on_cpu and route_attention(model) and takes_row_masks(model) else "rows"
 
 
 def hold(kind: Kind, model: Any, prompts: Sequence[Sequence[int]], index: Sequence[int], left: int) -> Held:

@@ -15,10 +15,27 @@ GROWTH = 256
 """Columns that are reserved at once for what is to be drawn."""
 
 
+_TAKES_ROW_MASKS: dict[type, bool] = {}
+
+
 def refusal(model: nn.Module) -> str | None:
     """Why these caches can't serve the model, or None where they can."""
     others = sorted({type(layer).__name__ for layer in make_prompt_cache(model) if type(layer) is not KVCache})
     return f"{type(model).__module__} keeps {', '.join(others)}, not a plain KVCache in every layer" if others else None
+
+
+def takes_row_masks(model: Any) -> bool:
+    """Whether the model's attention can hide other columns from each row, which rows of different length need."""
+    kind = type(model)
+    if kind not in _TAKES_ROW_MASKS:
+        try:
+            # Shapes clash while the graph is built; nothing is computed.
+            model(mx.zeros((2, 2), mx.int32), cache=[RowCache([0, 1]) for _ in model.layers])
+        except ValueError:
+            _TAKES_ROW_MASKS[kind] = False
+        else:
+            _TAKES_ROW_MASKS[kind] = True
+    return _TAKES_ROW_MASKS[kind]
 
 
 def token_bytes(model: Any) -> int:

@@ -33,7 +33,7 @@ def evaluate_checkpoint(
     directory: Path,
     device: DeviceSettings,
 ) -> "EvaluationReport":
-    """Put a benchmark to a checkpoint's model; the report lands in `directory`. Errors are `evaluate`'s and `load_policy`'s."""
+    """Put a benchmark to a checkpoint's model, the report into `directory`. Raises what loading and `evaluate` do."""
     from mlx_ops.backend import prepare
     from pipeline.evaluation.run import evaluate
 

@@ -10,7 +10,17 @@ from multiprocessing.process import BaseProcess
 
 import dagster as dg
 
-MISTAKES = (ValueError, TypeError, LookupError, ImportError, ArithmeticError, FileNotFoundError)
+MISTAKES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    FileNotFoundError,
+    ImportError,
+    LookupError,
+    NameError,
+    TypeError,
+    ValueError,
+)
 """What fails the same way again. Other errors, and a process that dies, are tried again from the last checkpoint."""
 WATCH_SECONDS = 1.0
 

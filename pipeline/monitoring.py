@@ -30,6 +30,11 @@ class Reporter:
         for sink in list(self.sinks):
             self._try(sink, lambda sink=sink: sink.report(step, metrics))
 
+    @property
+    def url(self) -> str | None:
+        """The page of the first sink that has one."""
+        return next((sink.url for sink in self.sinks if sink.url is not None), None)
+
     def close(self, *, failed: bool) -> None:
         for sink in list(self.sinks):
             self._try(sink, lambda sink=sink: sink.close(failed=failed))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -63,7 +64,8 @@ def train(
     directory = runs.run_dir(experiment.name, config.stage, context.run)
     with long_work(f"what was reached is under {directory}, and a re-execution of the run goes on from there"):
         entry.load_plugins()
-        trained = _train(context, experiment, config.stage, directory, start, dataset, runs, mlx)
+        place = Place(directory, runs.locate(dataset.path), runs.locate(start.path), mlx)
+        trained, url = _train(context, experiment, config.stage, place)
     ref = CheckpointRef(
         path=runs.relative(trained.checkpoint),
         stage=config.stage,
@@ -73,6 +75,7 @@ def train(
     )
     metadata = {
         **training_metadata(read_metrics(directory), trained.samples),
+        **({} if url is None else {"wandb": dg.MetadataValue.url(url)}),
         **folder("checkpoint_dir", trained.checkpoint),
         **folder("run_dir", directory),
         **made_by(),
@@ -82,17 +85,21 @@ def train(
     return dg.MaterializeResult(value=ref, metadata=metadata, data_version=dg.DataVersion(trained.sha256))
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a training reads and writes, and on what it runs."""
+
+    run_dir: Path
+    dataset_dir: Path
+    start_dir: Path
+    mlx: MlxResource
+
+
 def _train(
-    context: dg.OpExecutionContext,
-    experiment: ExperimentConfig,
-    stage: "Stage",
-    directory: Path,
-    start: CheckpointRef,
-    dataset: DatasetRef,
-    runs: RunStore,
-    mlx: MlxResource,
-) -> "Trained":
-    mlx.prepare()  # before anything imports MLX
+    context: dg.OpExecutionContext, experiment: ExperimentConfig, stage: "Stage", place: Place
+) -> tuple["Trained", str | None]:
+    """What the stage left, and the page where its numbers are."""
+    place.mlx.prepare()  # before anything imports MLX
     from pipeline.train import Job, train_stage
 
     steps = getattr(experiment, stage).steps
@@ -100,7 +107,7 @@ def _train(
         experiment=experiment.name,
         stage=stage,
         run=short_id(context.run),
-        directory=directory,
+        directory=place.run_dir,
         steps=steps,
         settings=experiment.model_dump(mode="json"),
     )
@@ -108,10 +115,10 @@ def _train(
     with open_reporter(info, experiment.monitoring, [observations]) as reporter:
         job = Job(
             experiment=experiment,
-            dataset_dir=runs.locate(dataset.path),
-            start_dir=runs.locate(start.path),
-            run_dir=directory,
-            device=mlx.settings,
+            dataset_dir=place.dataset_dir,
+            start_dir=place.start_dir,
+            run_dir=place.run_dir,
+            device=place.mlx.settings,
             report=reporter,
         )
-        return train_stage(job, stage)
+        return train_stage(job, stage), reporter.url

@@ -80,7 +80,9 @@ def _system() -> str:
 
 
 def device_name() -> str:
-    """`gpu: Apple M3 Max`: where MLX computes by default. On Linux CPU, call `mlx_ops.backend.prepare` before."""
+    """`gpu: Apple M3 Max`: where MLX computes by default."""
+    # Before MLX itself: whoever imports it first settles which BLAS it finds.
+    import mlx_ops  # noqa: F401, I001
     import mlx.core as mx
 
     device = mx.default_device()

@@ -35,6 +35,8 @@ class Sink(ABC):
 
     faults: tuple[type[Exception], ...] = (OSError,)
     """What it raises when the world outside fails it. Anything else is a bug and stops the run."""
+    url: str | None = None
+    """Where people can look at it."""
 
     @abstractmethod
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -113,10 +115,7 @@ class WandbSink(Sink):
             config=dict(info.settings),
             settings=wandb.Settings(silent=True),
         )
-
-    @property
-    def url(self) -> str | None:
-        return self._run.url
+        self.url = self._run.url
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)

@@ -115,7 +115,8 @@ def _checked(name: str, scores: Any, ids: Sequence[Any]) -> list[float | None]:
             raise ValueError(
                 f"reward {name!r} gave example {example!r} {score!r}; expected a number in [-{LIMIT:g}, {LIMIT:g}]"
             )
-    return [None if score is None else float(score) for score in scores]
+    # + 0.0: no negative zero in reports.
+    return [None if score is None else float(score) + 0.0 for score in scores]
 
 
 def _is_score(score: Any) -> bool:

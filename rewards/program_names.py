@@ -50,7 +50,9 @@ def is_real(node: ast.stmt) -> bool:
 def _is_filler(node: ast.stmt) -> bool:
     if isinstance(node, ast.Raise):
         return "NotImplementedError" in used_by(node)
-    return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    return isinstance(node, (ast.Pass, ast.Import, ast.ImportFrom)) or (
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    )
 
 
 def has_own_return(node: ast.AST) -> bool:

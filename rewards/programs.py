@@ -71,9 +71,9 @@ def _programs(asked: _Prompt, text: str) -> Iterator[str]:
     yield from _defined(asked, fenced, loose)
     for block in reversed(blocks):
         yield from _continued(asked, block)
-    # A block may hold fences of its own in a docstring, be indented as a whole, or be a session of the interpreter.
-    yield from _defined(asked, [piece for part in _unwrapped(asked, text) for piece in pieces(part)], loose)
     yield from _methods(asked, [*loose, *fenced])
+    # A block may hold fences of its own in a docstring, be indented as a whole, or be a session of the interpreter.
+    yield from _defined(asked, [piece for part in _unwrapped(asked, text) for piece in pieces(part)], [])
 
 
 def _defined(asked: _Prompt, first: list[Piece], others: list[Piece]) -> Iterator[str]:
@@ -126,10 +126,16 @@ def _continued(asked: _Prompt, text: str) -> Iterator[str]:
         indent(line.removeprefix(margin[0]), asked.indent) if line.startswith(margin[0]) else line for line in lines
     ]
     line_number = asked.code.count("\n") + first + 1
-    for body, own_margin in ((text, bool(margin[0])), ("\n".join(lost), False), ("\n".join(anew), False)):
-        piece = longest_prefix(asked.code + body)
-        if piece is not None and _completes(piece, asked, line_number, needs_return=not own_margin):
-            yield without_usage(piece, asked.entry_point, keep_first=True) + "\n"
+    readings = [(text, bool(margin[0])), ("\n".join(lost), False), ("\n".join(anew), False)]
+    complete = [
+        piece
+        for body, own_margin in readings
+        if (piece := longest_prefix(asked.code + body)) is not None
+        and _completes(piece, asked, line_number, needs_return=not own_margin)
+    ]
+    if complete:
+        best = max(complete, key=lambda piece: piece.source.count("\n"))
+        yield without_usage(best, asked.entry_point, keep_first=True) + "\n"
 
 
 def _completes(piece: Piece, asked: _Prompt, line: int, *, needs_return: bool) -> bool:

@@ -75,9 +75,7 @@ def _evaluate(
 
     entry.load_plugins()
     subject = Subject(checkpoint, runs.locate(checkpoint.path), runs.locate(dataset.path))
-    report = evaluate_checkpoint(
-        mlx.apply(entry.experiment), evaluation, subject, directory, mlx.settings, directory.name
-    )
+    report = evaluate_checkpoint(mlx.apply(entry.experiment), evaluation, subject, directory, mlx.settings)
     head = report.headline
     return ReportRef(
         path=runs.relative(directory),

@@ -1,6 +1,7 @@
 """A finished evaluation becomes its report: scores, conditions, provenance, and what a reader should beware of."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def report_of(run: Finished, timing: Timing) -> EvaluationReport:
         name=config.key,
         task=_task_info(run),
         dataset=_dataset_info(run),
-        model=_model_info(run.policy.path, context),
+        model=_model_info(run.policy, context),
         prompt=_prompt_info(run.problems, run.policy, evaluator.few_shot_seed),
         generation=_generation_info(run),
         extraction=evaluator.extraction,
@@ -85,8 +86,8 @@ def _dataset_info(run: Finished) -> DatasetInfo:
     return run.evaluator.dataset().model_copy(update=update)
 
 
-def _model_info(path: Path, context: EvaluationContext) -> ModelInfo:
-    settings = _model_settings(path)
+def _model_info(policy: Any, context: EvaluationContext) -> ModelInfo:
+    settings = _model_settings(policy.path)
     return ModelInfo(
         path=context.checkpoint,
         sha256=context.checkpoint_sha256,
@@ -94,9 +95,24 @@ def _model_info(path: Path, context: EvaluationContext) -> ModelInfo:
         stage=context.stage,
         step=context.step,
         run_id=context.run_id,
-        dtype=context.dtype or settings.get("torch_dtype") or settings.get("dtype"),
+        dtype=_dtype(policy.model),
         quantization=settings.get("quantization"),
     )
+
+
+def _dtype(model: Any) -> str | None:
+    """Of most floating-point weights as they were computed with; None for what is no MLX model."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.utils import tree_flatten
+
+    if not isinstance(model, nn.Module):
+        return None
+    sizes: Counter[str] = Counter()
+    for _, array in tree_flatten(model.parameters()):
+        if isinstance(array, mx.array) and mx.issubdtype(array.dtype, mx.floating):
+            sizes[str(array.dtype).removeprefix("mlx.core.")] += array.size
+    return sizes.most_common(1)[0][0] if sizes else None
 
 
 def _model_settings(path: Path) -> dict[str, Any]:
@@ -125,7 +141,7 @@ def _prompt_info(problems: Sequence[Problem], policy: Any, few_shot_seed: int | 
 
 def _system_prompt(problem: Problem) -> str | None:
     written = [message["content"] for message in problem.example.messages or () if message["role"] == "system"]
-    return problem.prompt.system or (written[0] if written else None)
+    return written[0] if written else problem.prompt.system
 
 
 def _turns(problem: Problem) -> int:

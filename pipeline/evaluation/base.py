@@ -37,7 +37,6 @@ class EvaluationContext:
     step: int = 0
     run_id: str | None = None
     adapter_sha256: str | None = None
-    dtype: str | None = None
     dataset: DatasetInfo = NO_DATASET
     """Of the experiment; its `split` is what `test` was taken from."""
     test: Sequence[Example] = ()

@@ -13,7 +13,8 @@ NGRAM = 8
 OVERLAP = 0.7
 """An item is contaminated when this share of its 8-grams is in the training prompts (PaLM, arXiv:2204.02311, §8)."""
 SHOWN = 5
-_WORD = re.compile(r"\w+")
+# An operator is a word: 5 - 7 and 5 + 7 are different questions.
+_WORD = re.compile(r"\w+|[^\w\s.,;:!?'\"()]")
 
 
 class Contamination(Strict):
@@ -46,7 +47,7 @@ def contamination(
     ngram: int = NGRAM,
     overlap: float = OVERLAP,
 ) -> Contamination:
-    """Overlap of `items`, (id, text) pairs, with the training prompts; case and punctuation don't count.
+    """Overlap of `items`, (id, text) pairs, with the training prompts; case and punctuation don't count, operators do.
 
     A text shorter than an n-gram is one n-gram by itself.
     """

@@ -87,9 +87,7 @@ class ProgramEvaluator(BaseEvaluator):
         with self._judge() as judge:
             self._executor = self._executor_info(judge)
             verdicts = judge.check_all(jobs)
-        for verdict in verdicts:
-            if verdict.status == "sandbox_error" and not verdict.detail.startswith(_BROKEN_TEST):
-                raise RuntimeError(f"{self.where}: the sandbox failed twice: {verdict.detail}")
+        refuse_sandbox_errors(verdicts, self.where)
         return dict(zip(jobs, verdicts, strict=True))
 
     def _judge(self) -> Judge:
@@ -126,6 +124,13 @@ class ProgramEvaluator(BaseEvaluator):
     def extraction(self) -> ExtractionInfo:
         rule = "rewards.programs.assemble" if self.options.extraction == "robust" else "prompt + completion"
         return ExtractionInfo(name=self.options.extraction, version=self.version, rules={PASSED: rule})
+
+
+def refuse_sandbox_errors(verdicts: Sequence[Verdict], where: str) -> None:
+    """`RuntimeError` for a sandbox that failed, again after a retry. A test that can't be judged is not the sandbox's."""
+    for verdict in verdicts:
+        if verdict.status == "sandbox_error" and not verdict.detail.startswith(_BROKEN_TEST):
+            raise RuntimeError(f"{where}: the sandbox failed twice: {verdict.detail}")
 
 
 def _status(verdict: Verdict) -> Status:

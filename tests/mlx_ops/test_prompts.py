@@ -28,10 +28,9 @@ OTHERS = "{% if m['role'] != 'assistant' %}{{ '<|im_start|>' + m['role'] + '\n' 
 
 def marked(block: str) -> str:
     """ChatML whose assistant turns are this `{% generation %}` block and what follows it."""
-    return (
-        f"{{% for m in messages %}}{OTHERS}{{% else %}}{{{{ '<|im_start|>assistant\n' }}}}{block}{{% endif %}}{{% endfor %}}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
+    opening = "{{ '<|im_start|>assistant\n' }}"
+    turns = "{% for m in messages %}" + OTHERS + "{% else %}" + opening + block + "{% endif %}{% endfor %}"
+    return turns + "{% if add_generation_prompt %}" + opening + "{% endif %}"
 
 
 BLOCKS = {
@@ -144,9 +143,7 @@ def test_the_last_turn_of_a_chat_is_its_target_where_it_has_no_other():
 def test_a_chat_keeps_its_own_system_message():
     words, config = tokenizer(PLAIN), PromptConfig(system="Be brief.")
     own = ({"role": "system", "content": "Be long."}, *CHAT[:1])
-    assert words.decode(prompt_tokens(Example("a", "", messages=own), config, words)).startswith(
-        "system: Be long.\nuser"
-    )
-    assert words.decode(prompt_tokens(Example("a", "Hello"), config, words)).startswith(
-        "system: Be brief.\nuser: Hello"
-    )
+    longer = prompt_tokens(Example("a", "", messages=own), config, words)
+    assert words.decode(longer) == "system: Be long.\nuser: Hello\nassistant: "
+    briefer = prompt_tokens(Example("a", "Hello"), config, words)
+    assert words.decode(briefer) == "system: Be brief.\nuser: Hello\nassistant: "

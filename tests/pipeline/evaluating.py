@@ -51,7 +51,7 @@ def speak(
     for row, seed in enumerate(seeds):
         text = model(ids.decode(list(prompts[row // group_size])), seed)
         tokens = [*ids.encode(text, add_special_tokens=False), ids.eos_token_id]
-        kept = None if stop is None else stop.end(tokens, 0)
+        kept = None if stop is None else stop(row, tokens, 0)
         whole = tokens[: len(tokens) if kept is None else kept]
         drawn = tuple(whole[: sampling.max_tokens])
         completions.append(Completion(drawn, (0.0,) * len(drawn), len(whole) > sampling.max_tokens))

@@ -70,6 +70,14 @@ def test_a_row_holds_the_question_the_short_expression_and_what_its_verifier_nee
     assert json.loads(json.dumps(row)) == row
 
 
+def test_a_share_of_the_examples_is_worked_out_and_the_others_state_the_answer():
+    made = rows({"name": "chain_sum"}, size=400, solution="steps", steps_share=0.25)
+    bare = [row for row in made if row["target"] == f"#### {row['answer']}"]
+    # Four standard deviations of a binomial of 400 draws at 3/4 are 35.
+    assert abs(len(bare) - 300) < 35
+    assert all(row["target"].endswith(f"\n#### {row['answer']}") for row in made if row not in bare)
+
+
 def test_a_task_without_a_reference_answer_has_none():
     row = rows({"name": "graph_color"})[0]
     assert (row["answer"], row["target"]) == (None, None)

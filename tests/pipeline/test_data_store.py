@@ -1,5 +1,6 @@
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import DatasetConfig
+from configs.strict_yaml import parse_yaml
 from pipeline.data.preprocessing import overlapping
 from pipeline.data.store import build_dataset, length_statistics, read_examples, read_summary
 from rewards.base import Example
@@ -161,6 +163,30 @@ def test_gsm8k_is_read_whole(tmp_path):
     )
     summary = build_dataset(config, tmp_path / "d")
     assert (summary.train, summary.test, summary.rejected) == (7473, 1319, 0)
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "data.md"
+
+
+def test_the_examples_of_the_documentation_are_what_they_say(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = DOCS.read_text(encoding="utf-8")
+    settings = [parse_yaml(block)["dataset"] for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    configs = [DatasetConfig.model_validate(one) for one in settings]
+    assert [config.train.kind for config in configs] == ["jsonl", "huggingface", "reasoning_gym", "plugin"]
+    source, train, rejected, refusal, *_ = re.findall(
+        r"```\n(.*?)```", re.sub(r"```(yaml|python)\n.*?```", "", text, flags=re.DOTALL), re.DOTALL
+    )
+    (tmp_path / "questions.jsonl").write_text(source, encoding="utf-8")
+    summary = build_dataset(configs[0], tmp_path / "out")
+    assert (summary.path / "train.jsonl").read_text(encoding="utf-8") == train
+    assert (summary.path / "rejected.jsonl").read_text(encoding="utf-8") == rejected
+    with pytest.raises(ValueError) as caught:
+        build_dataset(configs[0].model_copy(update={"max_bad_rows": 0.01}), tmp_path / "out")
+    assert f"{caught.value}\n" == refusal
+    (code,) = re.findall(r"```python\n(from pipeline\.data\.loaders.*?)```", text, re.DOTALL)
+    (tmp_path / "my_loaders.py").write_text(code, encoding="utf-8")
+    assert build_dataset(configs[3], tmp_path / "mine", plugins=["my_loaders.py"]).sources["train"]["rows"] == 100
 
 
 # ---- whatever the file holds ---------------------------------------------------------------------------------------

@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 import yaml
 
-from configs.loader import merge
 from pipeline.sinks import read_metrics
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[2]
-LONG = {"grpo": {"steps": 100_000, "checkpoint": {"save_every": 100_000}}}
+ENDLESS = {"tiny__grpo_checkpoint": {"config": {"steps": 100_000, "checkpoint": {"save_every": 100_000}}}}
 """Ends only when somebody ends it; no checkpoint but the one that a cancel writes."""
+IN_PROCESS = {"execution": {"config": {"in_process": {}}}}
+UP_TO_GRPO = ["dataset/sums", "tiny/base_model", "tiny/sft_model", "tiny/grpo_checkpoint"]
 SELECTOR = {"repositoryName": "__repository__", "repositoryLocationName": "pipeline.definitions"}
 
 pytestmark = pytest.mark.dev_server
@@ -79,11 +80,11 @@ class Server:
             lambda: found if (found := self.status(run)) in ("SUCCESS", "FAILURE", "CANCELED") else None, seconds
         )
 
-    def run_dir(self, experiment: str, root_run: str) -> Path:
-        return self.artifacts / experiment / "grpo" / root_run[:8]
+    def run_dir(self, root_run: str) -> Path:
+        return self.artifacts / "tiny" / "grpo" / root_run[:8]
 
-    def steps(self, experiment: str, root_run: str) -> list[int]:
-        return [row["step"] for row in read_metrics(self.run_dir(experiment, root_run))]
+    def steps(self, root_run: str) -> list[int]:
+        return [row["step"] for row in read_metrics(self.run_dir(root_run))]
 
 
 def eventually(look: Callable[[], Any], seconds: float) -> Any:
@@ -105,7 +106,6 @@ def free_port() -> int:
 def server(tmp_path_factory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("experiments")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    (folder / "long.yaml").write_text(yaml.safe_dump(merge(TINY, LONG)))
     home, artifacts = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("artifacts")
     instance = yaml.safe_load((ROOT / "dagster.yaml").read_text())
     for part in ("storage", "local_artifact_storage", "compute_logs"):
@@ -140,54 +140,55 @@ def answers(server: Server) -> bool:
         return False
 
 
-MODELS = [
-    "dataset/sums",
-    "tiny/base_model",
-    "tiny/sft_model",
-    "tiny/grpo_checkpoint",
-    "tiny/grpo_held_out",
-    "leaderboard",
-]
-IN_PROCESS = {"execution": {"config": {"in_process": {}}}}
-
-
-def test_a_group_is_materialised_over_graphql(server):
-    run = server.launch("tiny", MODELS, IN_PROCESS)
+@pytest.fixture(scope="module")
+def group(server) -> str:
+    """The run that materialised the group."""
+    run = server.launch("tiny", [*UP_TO_GRPO, "tiny/grpo_held_out", "leaderboard"], IN_PROCESS)
     assert server.finish(run) == "SUCCESS"
-    query = """query($k: AssetKeyInput!) { assetNodeOrError(assetKey: $k) { ... on AssetNode {
-        staleStatus assetMaterializations(limit: 1) { metadataEntries { label __typename } } } } }"""
+    return run
+
+
+def test_a_group_is_materialised_over_graphql(server, group):
+    query = """query($k: AssetKeyInput!) { assetNodeOrError(assetKey: $k) { ... on AssetNode { staleStatus
+        assetMaterializations(limit: 1) { runId metadataEntries { label __typename } } } } }"""
     node = server.ask(query, {"k": {"path": ["tiny", "grpo_checkpoint"]}})["assetNodeOrError"]
     (event,) = node["assetMaterializations"]
     shown = {entry["label"]: entry["__typename"] for entry in event["metadataEntries"]}
-    assert node["staleStatus"] == "FRESH"
+    assert (event["runId"], node["staleStatus"]) == (group, "FRESH")
     assert shown["reward_curve"] == "MarkdownMetadataEntry"
     assert shown["reward"] == "FloatMetadataEntry"
     assert shown["samples"] == "TableMetadataEntry"
 
 
-def test_a_typo_in_the_launchpad_is_refused(server):
-    config = {"ops": {"tiny__grpo_checkpoint": {"config": {"stepz": 1}}}}
-    with pytest.raises(AssertionError, match=r'unexpected config entry \\?"stepz'):
-        server.launch("tiny", ["tiny/grpo_checkpoint"], config)
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"stepz": 1}, "unexpected config entry"),
+        ({"learning_rate": -1.0}, "grpo.learning_rate: Input should be greater"),
+    ],
+    ids=["a typo", "a value"],
+)
+def test_what_the_launchpad_refuses_is_named(server, settings, words):
+    with pytest.raises(AssertionError) as refusal:
+        server.launch("tiny", ["tiny/grpo_checkpoint"], {"ops": {"tiny__grpo_checkpoint": {"config": settings}}})
+    assert words in str(refusal.value)
 
 
 @pytest.mark.parametrize("executor", ["multiprocess", "in_process"])
-def test_a_cancelled_training_leaves_a_checkpoint_and_a_re_execution_goes_on_from_it(server, executor):
-    config: dict[str, Any] = {"execution": {"config": {executor: {}}}}
-    upstream = ["dataset/sums", "long/base_model", "long/sft_model"]
-    assert server.finish(server.launch("long", upstream, IN_PROCESS)) == "SUCCESS"
-    run = server.launch("long", ["long/grpo_checkpoint"], config)
-    eventually(lambda: len(server.steps("long", run)) >= 3, 120)
+def test_a_cancelled_training_leaves_a_checkpoint_and_a_re_execution_goes_on_from_it(server, group, executor):
+    config = {"execution": {"config": {executor: {}}}, "ops": ENDLESS}
+    run = server.launch("tiny", ["tiny/grpo_checkpoint"], config)
+    eventually(lambda: len(server.steps(run)) >= 3, 120)
     server.cancel(run)
     assert server.finish(run) == "CANCELED"
-    reached = server.steps("long", run)
-    (checkpoint,) = (server.run_dir("long", run) / "checkpoints").glob("step_*")
+    reached = server.steps(run)
+    (checkpoint,) = (server.run_dir(run) / "checkpoints").glob("step_*")
     assert int(checkpoint.name.removeprefix("step_")) == reached[-1]
 
     second = server.go_on(run)
-    eventually(lambda: len(server.steps("long", run)) >= len(reached) + 2, 120)
+    eventually(lambda: len(server.steps(run)) >= len(reached) + 2, 120)
     server.cancel(second)
     assert server.finish(second) == "CANCELED"
-    after = server.steps("long", run)
+    after = server.steps(run)
     assert after[: len(reached)] == reached
     assert after == list(range(1, len(after) + 1))

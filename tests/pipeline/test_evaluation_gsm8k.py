@@ -4,7 +4,8 @@ import json
 import pytest
 
 from configs.schema import PromptConfig
-from pipeline.evaluation.base import Output
+from pipeline.evaluation.base import Output, Problem, parse_options
+from pipeline.evaluation.drawing import cut_at_stop
 from pipeline.evaluation.gsm8k import COT_STRICT, robust_answer
 from pipeline.evaluation.report_files import read_items
 from pipeline.evaluation.run import check_evaluation, evaluate
@@ -13,6 +14,7 @@ from rewards.answers import extract_answer
 from rewards.base import Example
 from tests.pipeline.evaluating import SHARED, config, context, speak, speaker
 
+VECTORS = SHARED / "vectors" / "gsm8k_extraction.json"
 GSM8K = SHARED / "data" / "gsm8k"
 needs_gsm8k = pytest.mark.skipif(not GSM8K.is_dir(), reason=f"no GSM8K at {GSM8K}")
 
@@ -166,8 +168,6 @@ def test_the_five_shot_prompts_are_lm_evals_byte_for_byte(lm_eval_problems, plac
 
 @pytest.fixture(scope="module")
 def lm_eval_problems():
-    from pipeline.evaluation.base import parse_options
-
     files = {"path": str(GSM8K / "gsm8k_test.jsonl"), "train_path": str(GSM8K / "gsm8k_train.jsonl")}
     run_config = config("gsm8k", max_tokens=256, options={"protocol": "completion_5shot", **files})
     cls, options = parse_options(run_config)
@@ -212,6 +212,22 @@ def test_lm_evals_chain_of_thought_rule_has_its_dot(tmp_path):
     assert (found["strict"], found["robust"]) == (0, 1)
     found = scores(tmp_path, "The answer is 17.", examples=(seventeen,), options={"protocol": "cot_8shot_own"})
     assert (found["strict"], found["robust"]) == (1, 1)
+
+
+@pytest.mark.skipif(not VECTORS.is_file(), reason=f"no {VECTORS}")
+def test_the_chain_of_thought_rule_agrees_with_lm_eval_on_every_case():
+    run_config = config("gsm8k", options={"protocol": "cot_8shot_own"})
+    cls, options = parse_options(run_config)
+    evaluator = cls(options, run_config, context())
+    cases = json.loads(VECTORS.read_text(encoding="utf-8"))["cases"]
+    assert len(cases) > 80
+    for case in cases:
+        text = cut_at_stop(case["output"], evaluator.stop)
+        problem = Problem(Example("q", "?"), PromptConfig(), case["gold"], data={"question": case["question"]})
+        grade = evaluator.grade(problem, [Output(text, "end", ())]).grades[0]
+        theirs = case["lm_eval"]["gsm8k_cot/strict-match"]
+        assert (grade.extracted["strict"] or "[invalid]") == theirs["extracted"], case["id"]
+        assert grade.scores["strict"] == theirs["exact_match"], case["id"]
 
 
 def test_chain_of_thought_with_other_examples_takes_them_from_a_file(tmp_path):

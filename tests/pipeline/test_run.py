@@ -108,7 +108,9 @@ def test_the_page_of_a_report_has_its_score_and_text(ran):
 
 def test_numbers_come_while_it_trains(ran):
     observed = ran.instance.fetch_observations(GRPO, limit=10).records
-    steps = [record.asset_observation.metadata["step"].value for record in observed if record.run_id == ran.result.run_id]
+    steps = [
+        record.asset_observation.metadata["step"].value for record in observed if record.run_id == ran.result.run_id
+    ]
     assert sorted(steps) == [1, 2, 3]
 
 

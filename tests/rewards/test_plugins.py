@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -6,8 +7,10 @@ import pytest
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
+from configs.registry import load_plugins
 from configs.schema import RewardConfig
-from rewards import Example, RewardRegistry
+from configs.strict_yaml import parse_yaml
+from rewards import Example, RewardComposer, RewardRegistry
 from rewards.composer import build_reward
 from rewards.reasoning_gym import stated_answer
 from rewards.verifier_guard import ANSWERS, is_algebra, is_arithmetic, is_literal, may_verify
@@ -46,6 +49,24 @@ def test_every_reward_and_each_of_its_options_is_documented(name):
     options = RewardRegistry[name].Options.model_fields
     assert f"`{name}`" in text
     assert [o.alias or n for n, o in options.items() if f"`{o.alias or n}`" not in text] == []
+
+
+def test_the_examples_of_the_documentation_are_what_they_say(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = DOCS.read_text(encoding="utf-8")
+    python, plugin = re.findall(r"```python\n# my_rewards\.py\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "my_rewards.py").write_text(python, encoding="utf-8")
+    (tmp_path / "plugin.py").write_text(plugin, encoding="utf-8")
+    load_plugins(["plugin.py"], tmp_path)
+    lists = [parse_yaml(block)["rewards"] for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    composers = [RewardComposer.from_config([RewardConfig(**reward) for reward in rewards]) for rewards in lists]
+    assert len(composers) == 5
+    columns = {"answer": ["5"] * 3, "truncated": [False, False, True], "completion_length": [20, 6, 256]}
+    completions = ["<think>2 + 3 = 5</think><answer>5</answer>", "The answer is 5.", "5 5 5 5 5 5"]
+    scores = composers[0](["What is 2 + 3?"] * 3, completions, columns | {"max_completion_length": [256] * 3})
+    table = [[f"{number:g}" if number % 1 else f"{number:.0f}" for number in score.parts.values()] for score in scores]
+    for completion, cells, score in zip(completions, table, scores, strict=True):
+        assert f"| `{completion}` | {' | '.join(cells)} | {score.total:.1f} |" in text
 
 
 # ---- numeric_answer ------------------------------------------------------------------------------------------------
@@ -290,9 +311,7 @@ def test_a_function_in_a_file_is_found_from_the_current_folder(tmp_path, monkeyp
 
 
 def test_a_fault_names_the_function():
-    with pytest.raises(
-        ValueError, match=r"function 'tests\.rewards\.test_plugins:broken': LookupError: no such thing"
-    ):
+    with pytest.raises(ValueError, match=r"function 'tests\.rewards\.test_plugins:broken': LookupError: no such thing"):
         score("python", "x", {"function": f"{__name__}:broken"})
     assert "expected a function, got str" in refusal("python", function=f"{__name__}:__name__")
     assert "No module named" in refusal("python", function="no_such_module_here:f")
