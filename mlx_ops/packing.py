@@ -30,7 +30,7 @@ class PackedRows:
     segments: mx.array  # (R, L) which example of its row a column belongs to, from 1; 0 for padding
     places: mx.array  # (N,) the columns, counted through all rows, whose next token is trained
     targets: mx.array  # (N,) those next tokens
-    lengths: mx.array  # (R, L) tokens of the column's example
+    lengths: mx.array  # (R, L) tokens of the column's example, 1 for padding
 
 
 class PackedCache:
@@ -96,7 +96,8 @@ def packed_parts(pairs: Sequence[Pair], capacity: int, token_budget: int) -> lis
 def packed_rows(rows: Sequence[Sequence[Pair]]) -> PackedRows:
     """Rows of pairs as arrays, as wide as the longest."""
     width = max(_width(row) for row in rows)
-    inputs, segments, lengths = (np.zeros((len(rows), width), np.int32) for _ in range(3))
+    inputs, segments = (np.zeros((len(rows), width), np.int32) for _ in range(2))
+    lengths = np.ones((len(rows), width), np.int32)
     places: list[int] = []
     targets: list[int] = []
     for place, row in enumerate(rows):

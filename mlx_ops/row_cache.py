@@ -29,8 +29,8 @@ def takes_row_masks(model: Any) -> bool:
     kind = type(model)
     if kind not in _TAKES_ROW_MASKS:
         try:
-            # Shapes clash while the graph is built; nothing is computed.
-            model(mx.zeros((2, 2), mx.int32), cache=[RowCache([0, 1]) for _ in model.layers])
+            # Shapes clash while the graph is built; nothing is computed. Eleven rows are no model's number of heads.
+            model(mx.zeros((11, 2), mx.int32), cache=[RowCache([1] + [0] * 10) for _ in model.layers])
         except ValueError:
             _TAKES_ROW_MASKS[kind] = False
         else:

@@ -8,20 +8,17 @@ import re
 import warnings
 from dataclasses import dataclass
 
-MOST_CHARACTERS = 50_000
-"""Longer texts are not looked into; no answer is that long."""
-
-# An answer that is no code costs time for each attempt to read it.
-_MOST_CUTS, _MOST_FAILURES = 20, 50
+_MOST_CUTS = 20
 _END_OF_TURN = re.compile(
     r"<\|(?:endoftext|im_end|eot_id|end_of_text|end|eom_id)\|>|<end_of_turn>|<｜end▁of▁sentence｜>|</s>\s*\Z"
 )
 _THINK = r"(?:think|thinking|thought|reasoning)"
 _OPEN_THOUGHT = re.compile(rf"<{_THINK}>")
-_CLOSED_THOUGHT = re.compile(rf".*</{_THINK}>", re.DOTALL)
+_CLOSED_THOUGHT = re.compile(rf"</{_THINK}>")
 _TAG = r"(?:</?(?:answer|code|solution|python|response|output)>|\[/?(?:PYTHON|CODE|ANSWER|INST)\])"
 _TAG_AT_EDGE = re.compile(rf"^[ \t]*{_TAG}[ \t]*|[ \t]*{_TAG}[ \t]*$", re.MULTILINE | re.IGNORECASE)
-_CODE_START = re.compile(r"[A-Za-z_@(\[\"'#]")
+_KEYWORD = r"(?:from|import|def|async|class|if|for|while|try|with)\b"
+_CODE_START = re.compile(rf"{_KEYWORD}|[@#]|[A-Za-z_][\w.]*\s*[(\[=:,]|[A-Za-z_]\w*\s*[-+*/|&]=")
 _FENCE = re.compile(r"^[ \t]*(?:>[ \t]?|[-*+][ \t]+|\d+[.)][ \t]+)*(?P<fence>`{3,}|~{3,})(?P<info>.*)$")
 _CODE_AFTER_LABEL = re.compile(r"^\s*(?:[Pp]y\w*\s+)?(?P<code>(?:(?:def|class|import|from|async def)\b|@).*)$")
 
@@ -37,7 +34,7 @@ class Piece:
 def answer_text(completion: str) -> str | None:
     """What the completion answers: after its thoughts, up to the end of its turn. `None` while a thought is open."""
     text = completion.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "").replace("\u200b", "")
-    text = _CLOSED_THOUGHT.sub("", text, count=1)
+    text = _CLOSED_THOUGHT.split(text)[-1]
     if _OPEN_THOUGHT.search(text):
         return None
     end = _END_OF_TURN.search(text)
@@ -88,54 +85,57 @@ def _closes(line: str, opening: str) -> bool:
     return alone or line.rstrip().endswith(opening)
 
 
-def parse(source: str) -> ast.Module | None:
-    """The syntax tree, or `None`."""
-    return _parse(source)[0]
+class Reader:
+    """Parses one answer, within a budget: text that is no code costs time for each attempt to read it as code."""
 
+    def __init__(self, characters: int = 1_000_000) -> None:
+        self._left = characters
 
-def _parse(source: str) -> tuple[ast.Module | None, int]:
-    """The tree; or none, and the line of the error."""
-    if len(source) > MOST_CHARACTERS:
-        return None, 0
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return ast.parse(source), 0
-    except SyntaxError as error:
-        return None, error.lineno or 0
-    except (ValueError, RecursionError, MemoryError):
-        return None, 0
+    def parse(self, source: str) -> ast.Module | None:
+        """The syntax tree, or `None`."""
+        return self._parse(source)[0]
 
+    def _parse(self, source: str) -> tuple[ast.Module | None, int]:
+        """The tree; or none, and the line of the error."""
+        self._left -= len(source)
+        if self._left < 0:
+            return None, 0
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return ast.parse(source), 0
+        except SyntaxError as error:
+            return None, error.lineno or 0
+        except (ValueError, RecursionError, MemoryError):
+            return None, 0
 
-def longest_prefix(text: str) -> Piece | None:
-    """The longest beginning of the text, in lines, that parses."""
-    lines = text.split("\n")
-    for _ in range(_MOST_CUTS):
-        source = "\n".join(lines)
-        tree, line = _parse(source)
-        if tree is not None:
-            return Piece(source, tree)
-        # The lines from the error on don't parse; where the error has no place, the last one goes.
-        keep = min(line - 1, len(lines) - 1) if line else len(lines) - 1
-        lines = lines[:keep]
-        if not lines:
-            return None
-    return None
+    def longest_prefix(self, text: str) -> Piece | None:
+        """The longest beginning of the text, in lines, that parses."""
+        lines = text.split("\n")
+        for _ in range(_MOST_CUTS):
+            source = "\n".join(lines)
+            tree, line = self._parse(source)
+            if tree is not None:
+                return Piece(source, tree)
+            # The lines from the error on don't parse; where the error has no place, the last one goes.
+            keep = min(line - 1, len(lines) - 1) if line else len(lines) - 1
+            lines = lines[:keep]
+            if not lines or self._left < 0:
+                return None
+        return None
 
-
-def pieces(text: str) -> list[Piece]:
-    """The runs of lines that parse and hold more than words, in order."""
-    lines, found, start, failures = text.split("\n"), [], 0, 0
-    while start < len(lines) and failures < _MOST_FAILURES:
-        piece = longest_prefix("\n".join(lines[start:])) if _CODE_START.match(lines[start]) else None
-        if piece is None:
-            failures += bool(_CODE_START.match(lines[start]))
-            start += 1
-            continue
-        start += piece.source.count("\n") + 1
-        if any(not is_bare(node) for node in piece.tree.body):
-            found.append(piece)
-    return found
+    def pieces(self, text: str) -> list[Piece]:
+        """The runs of lines that parse and hold more than words, in order."""
+        lines, found, start = text.split("\n"), [], 0
+        while start < len(lines) and self._left > 0:
+            piece = self.longest_prefix("\n".join(lines[start:])) if _CODE_START.match(lines[start]) else None
+            if piece is None:
+                start += 1
+                continue
+            start += piece.source.count("\n") + 1
+            if any(not is_bare(node) for node in piece.tree.body):
+                found.append(piece)
+        return found
 
 
 def is_bare(node: ast.stmt) -> bool:

@@ -16,7 +16,7 @@ from textwrap import indent
 from typing import Literal
 
 from rewards.program_names import bound_by, definition, has_own_return, is_real, unresolved, without_usage
-from rewards.program_text import Piece, answer_text, longest_prefix, parse, pieces, split_fences
+from rewards.program_text import Piece, Reader, answer_text, split_fences
 
 Mode = Literal["robust", "completion"]
 
@@ -49,7 +49,7 @@ def assemble(prompt: str, completion: str, entry_point: str | None, mode: Mode =
     if text is None:
         return 'raise NotImplementedError("no program: the answer ends inside a thought")\n'
     asked = _read_prompt(prompt, entry_point or "")
-    for program in _programs(asked, text):
+    for program in _programs(asked, text, Reader()):
         return _futures_first(program)
     return prompt + completion
 
@@ -62,18 +62,18 @@ def helpers(prompt: str, entry_point: str | None) -> str:
     return _read_prompt(prompt, entry_point or "").preamble
 
 
-def _programs(asked: _Prompt, text: str) -> Iterator[str]:
+def _programs(asked: _Prompt, text: str, reader: Reader) -> Iterator[str]:
     """Readings of the answer, the most likely first."""
     blocks, outside = split_fences(text)
-    fenced = [piece for block in blocks for piece in pieces(block)]
-    loose = [piece for part in outside for piece in pieces(part)]
-    yield from _continued(asked, outside[0])
+    yield from _continued(asked, outside[0], reader)
+    fenced = [piece for block in blocks for piece in reader.pieces(block)]
+    loose = [piece for part in outside for piece in reader.pieces(part)]
     yield from _defined(asked, fenced, loose)
     for block in reversed(blocks):
-        yield from _continued(asked, block)
+        yield from _continued(asked, block, reader)
     yield from _methods(asked, [*loose, *fenced])
     # A block may hold fences of its own in a docstring, be indented as a whole, or be a session of the interpreter.
-    yield from _defined(asked, [piece for part in _unwrapped(asked, text) for piece in pieces(part)], [])
+    yield from _defined(asked, [piece for part in _unwrapped(asked, text) for piece in reader.pieces(part)], [])
 
 
 def _defined(asked: _Prompt, first: list[Piece], others: list[Piece]) -> Iterator[str]:
@@ -94,7 +94,7 @@ def _defined(asked: _Prompt, first: list[Piece], others: list[Piece]) -> Iterato
 
 def _suppliers(asked: _Prompt, chosen: Piece, rest: list[Piece]) -> list[Piece]:
     """The other pieces that bind what the chosen one uses and doesn't define."""
-    preamble = parse(asked.preamble) or ast.Module([], [])
+    preamble = Reader().parse(asked.preamble) or ast.Module([], [])
     taken: list[Piece] = []
     for _ in rest:
         missing = unresolved([preamble, chosen.tree, *(piece.tree for piece in taken)])
@@ -113,7 +113,7 @@ def _joined(asked: _Prompt, parts: list[Piece]) -> str:
     return "\n\n".join([asked.preamble, *(without_usage(part, asked.entry_point) for part in parts)]) + "\n"
 
 
-def _continued(asked: _Prompt, text: str) -> Iterator[str]:
+def _continued(asked: _Prompt, text: str, reader: Reader) -> Iterator[str]:
     """The text as the body that the prompt lacks: as it is, with its first line indented, or indented anew."""
     lines = text.split("\n")
     first = next((number for number, line in enumerate(lines) if line.strip()), None)
@@ -130,7 +130,7 @@ def _continued(asked: _Prompt, text: str) -> Iterator[str]:
     complete = [
         piece
         for body, own_margin in readings
-        if (piece := longest_prefix(asked.code + body)) is not None
+        if (piece := reader.longest_prefix(asked.code + body)) is not None
         and _completes(piece, asked, line_number, needs_return=not own_margin)
     ]
     if complete:
@@ -171,17 +171,17 @@ def _methods(asked: _Prompt, found: list[Piece]) -> Iterator[str]:
 
 
 def _read_prompt(prompt: str, entry_point: str) -> _Prompt:
-    prompt = prompt.replace("\r\n", "\n")
+    reader, prompt = Reader(), prompt.replace("\r\n", "\n")
     blocks, _ = split_fences(prompt)
     start = re.search(r"^(?:(?:from|import|def|async def|class)\b|@)", prompt, re.MULTILINE)
     for code in (prompt, *blocks, prompt[start.start() :] if start else ""):
         # A stub with no docstring lacks a body.
         for source in (code, f"{code.rstrip()}\n    pass\n"):
-            tree = parse(source)
+            tree = reader.parse(source)
             stub = _stub(tree, entry_point) if tree is not None else None
             if tree is not None and stub is not None:
                 return _prompt_of(code, Piece(source, tree), stub)
-    tree = parse(prompt)
+    tree = reader.parse(prompt)
     is_code = tree is not None and any(
         isinstance(node, (ast.Import, ast.ImportFrom, *_FUNCTIONS)) for node in tree.body
     )

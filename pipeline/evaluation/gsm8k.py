@@ -7,10 +7,9 @@ a finished line with a marker: what stands last in a cut text is an intermediate
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, NonNegativeInt, PositiveInt, model_validator
 
@@ -26,6 +25,7 @@ from pipeline.evaluation.base import (
     existing_file,
     mean_scores,
 )
+from pipeline.evaluation.gsm8k_questions import Question, question_of, questions_in, worked_solution
 from pipeline.evaluation.report import DatasetInfo, ExtractionInfo
 from pipeline.evaluation.rows import read_rows
 from pipeline.evaluation.statistics import maj_at_k, pass_at_k
@@ -38,7 +38,6 @@ from rewards.answers import (
     Extraction,
     canonical_gold,
     extract_answer,
-    gsm8k_gold,
     is_correct,
 )
 from rewards.base import Example
@@ -80,23 +79,6 @@ class GSM8KOptions(Strict):
         return self
 
 
-@dataclass(frozen=True)
-class Question:
-    """A word problem with its solution."""
-
-    id: str
-    text: str
-    solution: str
-
-    @property
-    def gold(self) -> str:
-        """The answer as it is written: `2,125`. `ValueError` where it is no number."""
-        if "####" in self.solution:
-            return gsm8k_gold(self.solution)
-        canonical_gold(self.solution)
-        return self.solution.strip()
-
-
 @EvaluatorRegistry.register("gsm8k")
 class GSM8K(BaseEvaluator):
     """Word problems, one number each."""
@@ -135,12 +117,12 @@ class GSM8K(BaseEvaluator):
 
     def _questions(self) -> list[Question]:
         if self.options.path is not None:
-            return _from_file(Path(self.options.path).expanduser(), "test")
+            return questions_in(Path(self.options.path).expanduser(), "test")
         if not self.context.test:
             raise ValueError(
                 f"evaluation {self.evaluation.key!r}: options.path: the experiment's dataset has no test split"
             )
-        return [_question(example, example.answer or example.target) for example in self.context.test]
+        return [question_of(example, example.answer or example.target) for example in self.context.test]
 
     def _completion_5shot(self, questions: Sequence[Question]) -> Iterator[Problem]:
         pool = self._pool()
@@ -153,8 +135,8 @@ class GSM8K(BaseEvaluator):
 
     def _pool(self) -> list[Question]:
         if self.options.train_path is not None:
-            return _from_file(Path(self.options.train_path).expanduser(), "train")
-        pool = [_question(example, _worked(example)) for example in self.context.train]
+            return questions_in(Path(self.options.train_path).expanduser(), "train")
+        pool = [question_of(example, worked_solution(example)) for example in self.context.train]
         if len(pool) < SHOTS:
             raise ValueError(
                 f"{self.where}: options.train_path: completion_5shot draws {SHOTS} worked examples, and the "
@@ -305,23 +287,3 @@ def robust_answer(output: Output) -> Extraction:
 def _vote(value: str | None, percent: bool) -> str | None:
     """Equal for equal answers; where the question asks for a percentage, 25% is 25."""
     return value.rstrip("%") if value is not None and percent else value
-
-
-def _from_file(file: Path, split: str) -> list[Question]:
-    rows = read_rows(file, ("question", "answer"))
-    return [Question(f"{split}/{place}", str(row["question"]), str(row["answer"])) for place, row in enumerate(rows)]
-
-
-def _question(example: Example, solution: str | None) -> Question:
-    if solution is None:
-        raise ValueError(f"example {example.id!r}: has no answer; set dataset.fields.answer")
-    return Question(example.id, example.prompt, solution)
-
-
-def _worked(example: Example) -> str:
-    """The solution of a training example that is worked out, as the few-shot prompt shows it."""
-    candidates: list[Any] = [example.target, example.answer, example.columns.get("answer")]
-    for text in candidates:
-        if isinstance(text, str) and "####" in text:
-            return text
-    raise ValueError(f"example {example.id!r}: completion_5shot shows worked solutions that end in '#### number'")

@@ -127,7 +127,7 @@ class ProgramEvaluator(BaseEvaluator):
 
 
 def refuse_sandbox_errors(verdicts: Sequence[Verdict], where: str) -> None:
-    """`RuntimeError` for a sandbox that failed, again after a retry. A test that can't be judged is not the sandbox's."""
+    """`RuntimeError` for a sandbox that failed, and failed again. A test that can't be judged is not its fault."""
     for verdict in verdicts:
         if verdict.status == "sandbox_error" and not verdict.detail.startswith(_BROKEN_TEST):
             raise RuntimeError(f"{where}: the sandbox failed twice: {verdict.detail}")

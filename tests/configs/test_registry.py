@@ -58,12 +58,12 @@ def test_a_plugin_file_is_imported_once_and_relative_to_the_root(tmp_path):
     assert vars(first)["TIMES"] == [1]
 
 
-def test_two_files_whose_paths_differ_only_in_separators_are_two_plugins(tmp_path):
-    for place in (tmp_path / "a_b.py", tmp_path / "a" / "b.py"):
-        place.parent.mkdir(exist_ok=True)
-        place.write_text(f"WHERE = {place.name!r}\n", encoding="utf-8")
-    assert vars(import_source("a_b.py", tmp_path))["WHERE"] == "a_b.py"
-    assert vars(import_source("a/b.py", tmp_path))["WHERE"] == "b.py"
+def test_files_of_one_name_and_paths_that_differ_in_separators_only_are_plugins_of_their_own(tmp_path):
+    sources = ["b.py", "a/b.py", "a_b.py"]
+    for source in sources:
+        (tmp_path / source).parent.mkdir(exist_ok=True)
+        (tmp_path / source).write_text(f"WHERE = {source!r}\n", encoding="utf-8")
+    assert [vars(import_source(source, tmp_path))["WHERE"] for source in sources] == sources
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_a_row_holds_inputs_examples_and_where_targets_are_predicted():
     rows = packed_rows([[PAIRS[1], PAIRS[2]], [PAIRS[0]]])
     assert rows.inputs.tolist() == [[6, 7, 8, 9, 10, 11, 2, 2], [1, 2, 3, 4, 0, 0, 0, 0]]
     assert rows.segments.tolist() == [[1, 1, 1, 1, 1, 1, 2, 2], [1, 1, 1, 1, 0, 0, 0, 0]]
-    assert rows.lengths.tolist() == [[7, 7, 7, 7, 7, 7, 3, 3], [5, 5, 5, 5, 0, 0, 0, 0]]
+    assert rows.lengths.tolist() == [[7, 7, 7, 7, 7, 7, 3, 3], [5, 5, 5, 5, 1, 1, 1, 1]]
     # The pair's mask leaves 8 and 9 out; the second row begins at column 8.
     assert rows.places.tolist() == [0, 3, 4, 5, 7, 10, 11]
     assert rows.targets.tolist() == [7, 10, 11, 12, 3, 4, 5]

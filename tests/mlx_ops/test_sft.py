@@ -154,7 +154,7 @@ def test_the_noise_is_uniform_within_alpha_over_the_root_of_length_times_width()
 @pytest.mark.parametrize("packing", [False, True])
 def test_noise_is_drawn_anew_for_training_and_never_for_validation(packing):
     model = tiny_model()
-    sft = trainer(model, neftune_alpha=5.0, validation_every=1, packing=packing)
+    sft = trainer(model, pairs=TURNS, neftune_alpha=5.0, validation_every=1, packing=packing, max_length=10)
     trunk: Any = model["model"]
     embedding = trunk.embed_tokens
     (batch,) = sft.collect(0)[0][0]
@@ -163,7 +163,7 @@ def test_noise_is_drawn_anew_for_training_and_never_for_validation(packing):
         mx.random.seed(seed)
         return [float(sft.loss(model, batch)[0]) for _ in range(2)]
 
-    total, tokens = nll_of_targets(model, PAIRS)
+    total, tokens = nll_of_targets(model, TURNS)
     assert losses(0) == losses(0)
     assert len({*losses(0), *losses(1)}) == 4
     assert all(0.001 < abs(loss - total / tokens) < 1 for loss in losses(0))

@@ -25,6 +25,8 @@ ENDLESS = {"tiny__grpo_checkpoint": {"config": {"steps": 100_000, "checkpoint": 
 """Ends only when somebody ends it; no checkpoint but the one that a cancel writes."""
 IN_PROCESS = {"execution": {"config": {"in_process": {}}}}
 UP_TO_GRPO = ["dataset/sums", "tiny/base_model", "tiny/sft_model", "tiny/grpo_checkpoint"]
+PATIENCE = 300
+"""Seconds for what takes ten on a machine that does nothing else."""
 SELECTOR = {"repositoryName": "__repository__", "repositoryLocationName": "pipeline.definitions"}
 
 pytestmark = pytest.mark.dev_server
@@ -75,7 +77,7 @@ class Server:
             "status"
         ]
 
-    def finish(self, run: str, seconds: float = 120) -> str:
+    def finish(self, run: str, seconds: float = PATIENCE) -> str:
         return eventually(
             lambda: found if (found := self.status(run)) in ("SUCCESS", "FAILURE", "CANCELED") else None, seconds
         )
@@ -122,7 +124,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
     command = [sys.executable, "-m", "dagster", "dev", "-p", str(found.port), "-w", "workspace.yaml"]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT)
     try:
-        eventually(lambda: answers(found), 120)
+        eventually(lambda: answers(found), PATIENCE)
         yield found
     finally:
         process.send_signal(signal.SIGINT)  # the parent alone: it ends its own children
@@ -178,7 +180,7 @@ def test_what_the_launchpad_refuses_is_named(server, settings, words):
 def test_a_cancelled_training_leaves_a_checkpoint_and_a_re_execution_goes_on_from_it(server, group, executor):
     config = {"execution": {"config": {executor: {}}}, "ops": ENDLESS}
     run = server.launch("tiny", ["tiny/grpo_checkpoint"], config)
-    eventually(lambda: len(server.steps(run)) >= 3, 120)
+    eventually(lambda: len(server.steps(run)) >= 3, PATIENCE)
     server.cancel(run)
     assert server.finish(run) == "CANCELED"
     reached = server.steps(run)
@@ -186,7 +188,7 @@ def test_a_cancelled_training_leaves_a_checkpoint_and_a_re_execution_goes_on_fro
     assert int(checkpoint.name.removeprefix("step_")) == reached[-1]
 
     second = server.go_on(run)
-    eventually(lambda: len(server.steps(run)) >= len(reached) + 2, 120)
+    eventually(lambda: len(server.steps(run)) >= len(reached) + 2, PATIENCE)
     server.cancel(second)
     assert server.finish(second) == "CANCELED"
     after = server.steps(run)

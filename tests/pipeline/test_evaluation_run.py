@@ -343,6 +343,19 @@ def test_held_out_asks_as_training_does(tmp_path):
     assert report.prompt.chat_template_sha256 is not None
 
 
+def test_the_system_message_of_a_chat_is_the_one_that_is_reported(tmp_path):
+    turns = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3 + 0?"})
+    surroundings = context(
+        [Example("chat", "What is 3 + 0?", turns, answer="3")],
+        rewards=(RewardConfig(name="trial_exact"),),
+        prompt=PromptConfig(system="Add."),
+    )
+    policy, folder = speaker("3", tmp_path), tmp_path / "r"
+    report = evaluate(policy, config("held_out"), context=surroundings, directory=folder, generate=speak)
+    assert (report.prompt.system, report.prompt.multi_turn) == ("Be brief.", False)
+    assert read_items(folder)[0].prompt == "system: Be brief.\nuser: What is 3 + 0?\nassistant: "
+
+
 def test_held_out_without_rewards_is_refused_before_anything_is_drawn(tmp_path):
     def never(*_: Any, **__: Any) -> list[Completion]:
         raise AssertionError("drew a completion")

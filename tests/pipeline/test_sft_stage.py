@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from configs.atomic import sha256
-from configs.loader import load_experiment
 from configs.schema import ExperimentConfig
 from pipeline.data.store import build_dataset
 from pipeline.resources import DeviceSettings
 from pipeline.train import Job, Trained, make_base, train_stage
+from tests.conftest import TINY
 
 CPU = DeviceSettings(device="cpu")
 SFT = {
@@ -27,44 +27,34 @@ SFT = {
 }
 
 
-def chat(number: int) -> dict[str, Any]:
-    """Two questions; the answers can be learned by heart but not guessed."""
-    turns = [
-        ("user", f"Word {number}?"),
-        ("assistant", f"w{number * 7919 % 97}"),
-        ("user", "Again?"),
-        ("assistant", f"x{number * 104729 % 89}"),
-    ]
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+def chats(path: Path, answer: str) -> dict[str, str]:
+    """A file of chats in which the assistant gives this answer twice."""
+    asked = [f"Word {number}?" for number in range(40)]
+    turns = [[("user", word), ("assistant", answer), ("user", "Again?"), ("assistant", answer)] for word in asked]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in chat]} for chat in turns]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return {"kind": "jsonl", "path": str(path)}
 
 
 @pytest.fixture
-def experiment(write_experiment, tmp_path: Path) -> ExperimentConfig:
-    rows = tmp_path / "chats.jsonl"
-    rows.write_text("\n".join(json.dumps(chat(number)) for number in range(60)), encoding="utf-8")
-    source = {"kind": "jsonl", "path": str(rows)}
-    path = write_experiment(
-        dataset={"name": "chats", "train": source, "fields": {"messages": "messages"}, "deduplicate": False},
-        sft=SFT,
-        grpo=None,
-        rewards=[],
-        evaluations=[],
-    )
-    text = path.read_text(encoding="utf-8")
-    assert "reasoning_gym" not in text, "the test's source has replaced the tiny experiment's"
-    return load_experiment(path)
+def experiment(tmp_path: Path) -> ExperimentConfig:
+    """Its held-out chats answer otherwise: knowing the form of an answer helps there, being sure of it does not."""
+    train, test = chats(tmp_path / "train.jsonl", "yes"), chats(tmp_path / "test.jsonl", "no")
+    dataset = {"name": "chats", "train": train, "test": test, "fields": {"messages": "messages"}, "deduplicate": False}
+    return ExperimentConfig.model_validate({"name": "chats", "model": TINY["model"], "dataset": dataset, "sft": SFT})
 
 
-def train(
-    experiment: ExperimentConfig, folder: Path, run: str, **changes: Any
-) -> tuple[Trained, list[dict[str, float]]]:
+Rows = list[dict[str, float]]
+
+
+def train(experiment: ExperimentConfig, folder: Path, run: str, **changes: Any) -> tuple[Trained, Rows]:
     """SFT in the run's folder, over a dataset and a base model that are made once."""
     if not (folder / "dataset").exists():
         build_dataset(experiment.dataset, folder / "dataset")
         make_base(experiment, folder / "dataset", folder / "base", CPU)
     assert experiment.sft is not None
     experiment = experiment.model_copy(update={"sft": experiment.sft.model_copy(update=changes)})
-    rows: list[dict[str, float]] = []
+    rows: Rows = []
 
     def report(step: int, metrics: Any) -> None:
         rows.append({"step": float(step), **metrics})

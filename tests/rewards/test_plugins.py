@@ -64,9 +64,9 @@ def test_the_examples_of_the_documentation_are_what_they_say(tmp_path, monkeypat
     columns = {"answer": ["5"] * 3, "truncated": [False, False, True], "completion_length": [20, 6, 256]}
     completions = ["<think>2 + 3 = 5</think><answer>5</answer>", "The answer is 5.", "5 5 5 5 5 5"]
     scores = composers[0](["What is 2 + 3?"] * 3, completions, columns | {"max_completion_length": [256] * 3})
-    table = [[f"{number:g}" if number % 1 else f"{number:.0f}" for number in score.parts.values()] for score in scores]
-    for completion, cells, score in zip(completions, table, scores, strict=True):
-        assert f"| `{completion}` | {' | '.join(cells)} | {score.total:.1f} |" in text
+    for completion, score in zip(completions, scores, strict=True):
+        cells = " | ".join(f"{part:g}" for part in score.parts.values())
+        assert f"| `{completion}` | {cells} | {score.total:.1f} |" in text
 
 
 # ---- numeric_answer ------------------------------------------------------------------------------------------------
@@ -222,7 +222,8 @@ PERSON = {
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('{"name": "Ann", "age": 3}', 1.0),
+        ('{"name": "Ann", "age": 0, "tags": []}', 1.0),
+        ('{"name": "Ann", "age": 149, "tags": [1, "a"]}', 1.0),
         (' {"name": "Ann", "age": 3.0, "tags": ["a", 1.0], "home": null, "kind": 1} \n', 1.0),
         ('{"name": "Ann", "home": {"city": 1, "more": []}}', 1.0),
         ('{"name": "Ann", "home": {}}', 0.5),
