@@ -416,7 +416,7 @@ class GRPOConfig(PolicyConfig):
         if not isinstance(data, dict) or "preset" not in data:
             return data
         name = data["preset"]
-        if name not in GRPO_PRESETS:
+        if not isinstance(name, str) or name not in GRPO_PRESETS:
             raise ValueError(f"preset: unknown {name!r}; there are {sorted(GRPO_PRESETS)}")
         return GRPO_PRESETS[name] | {key: value for key, value in data.items() if key != "preset"}
 

@@ -9,6 +9,7 @@ import os
 import shlex
 from pathlib import Path
 
+import click
 import dagster as dg
 
 from configs.loader import EXPERIMENTS
@@ -20,4 +21,9 @@ from pipeline.factory import build_definitions
 def defs() -> dg.Definitions:
     folder = Path(os.environ.get("MLX_RL_EXPERIMENTS", EXPERIMENTS)).expanduser()
     overrides = shlex.split(os.environ.get("MLX_RL_OVERRIDES", ""))
-    return build_definitions(load_catalog(folder, overrides), os.environ.get("MLX_RL_ARTIFACTS", "artifacts"))
+    try:
+        entries = load_catalog(folder, overrides)
+    except ValueError as error:
+        # Dagster's command line shows this one as a message without a traceback, and exits with 1.
+        raise click.ClickException(str(error)) from None
+    return build_definitions(entries, os.environ.get("MLX_RL_ARTIFACTS", "artifacts"))

@@ -11,6 +11,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, cast
 
+import mlx_ops as mlx_ops  # before MLX, which binds its BLAS when it is imported
+
+# isort: split
 import mlx.core as mx
 from mlx.utils import tree_flatten
 

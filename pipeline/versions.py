@@ -59,10 +59,13 @@ def report_version(entry: Entry, stage: str, evaluation: EvaluationConfig) -> st
 def rewards_source(entry: Entry) -> str:
     """A hash of the code that the experiment's rewards run: their own files, and what these import of `rewards`."""
     from rewards import RewardRegistry
+    from rewards.python_function import load_function
 
     files: set[Path] = set()
     for config in entry.experiment.rewards:
         _collect(Path(inspect.getfile(RewardRegistry[config.name])), files)
+        if config.name == "python":
+            files.add(Path(inspect.getfile(load_function(config.options["function"]))))
     return digest(sorted(sha256(file) for file in files))
 
 

@@ -57,11 +57,13 @@ def _is_filler(node: ast.stmt) -> bool:
 
 def has_own_return(node: ast.AST) -> bool:
     """Whether a function, or by mistake a module, returns or yields in its own body, functions inside it aside."""
-    for child in ast.iter_child_nodes(node):
+    pending = list(ast.iter_child_nodes(node))
+    while pending:
+        child = pending.pop()
         if isinstance(child, (ast.Return, ast.Yield, ast.YieldFrom)):
             return True
-        if not isinstance(child, (*_DEFINITIONS, ast.Lambda)) and has_own_return(child):
-            return True
+        if not isinstance(child, (*_DEFINITIONS, ast.Lambda)):
+            pending += ast.iter_child_nodes(child)
     return False
 
 

@@ -66,10 +66,10 @@ def test_threads_are_lowered_to_the_usable_cores_and_never_raised(monkeypatch):
     class Library:
         threads = 7
 
-        def MKL_Get_Max_Threads(self) -> int:  # noqa: N802
+        def MKL_Get_Max_Threads(self) -> int:
             return self.threads
 
-        def MKL_Set_Num_Threads(self, count: int) -> None:  # noqa: N802
+        def MKL_Set_Num_Threads(self, count: int) -> None:
             self.threads = count
 
     library = Library()

@@ -3,11 +3,11 @@ import json
 import mlx.core as mx
 import pytest
 from mlx.optimizers import AdamW
-from mlx.utils import tree_flatten
+from mlx.utils import tree_unflatten
 
 from configs.schema import CheckpointConfig
 from mlx_ops.checkpoint import CheckpointStore, load, restore_optimizer
-from tests.mlx_ops.tiny import tiny_model
+from tests.mlx_ops.tiny import leaves, tiny_model
 
 
 def store(tmp_path, **changes):
@@ -86,9 +86,11 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(tmp_path):
     optimizers = [AdamW(learning_rate=lambda step: 0.01 / (1 + step)) for _ in models]
 
     def update(model, optimizer, seed):
-        keys = mx.random.split(mx.random.key(seed), len(tree_flatten(model.parameters())))
-        grads = [(n, mx.random.normal(a.shape, key=k)) for (n, a), k in zip(tree_flatten(model.parameters()), keys)]
-        optimizer.update(model, _unflatten(grads))
+        keys = mx.random.split(mx.random.key(seed), len(leaves(model.parameters())))
+        grads = [
+            (n, mx.random.normal(a.shape, key=k)) for (n, a), k in zip(leaves(model.parameters()), keys, strict=True)
+        ]
+        optimizer.update(model, tree_unflatten(grads))
         mx.eval(model.parameters(), optimizer.state)
 
     for seed in range(3):
@@ -99,13 +101,5 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(tmp_path):
     fresh = AdamW(learning_rate=lambda step: 0.01 / (1 + step))
     restore_optimizer(fresh, path)
     update(models[1], fresh, 2)
-    for (name, one), (_, other) in zip(
-        tree_flatten(models[0].parameters()), tree_flatten(models[1].parameters()), strict=True
-    ):
+    for (name, one), (_, other) in zip(leaves(models[0].parameters()), leaves(models[1].parameters()), strict=True):
         assert mx.array_equal(one, other), name
-
-
-def _unflatten(pairs):
-    from mlx.utils import tree_unflatten
-
-    return tree_unflatten(pairs)

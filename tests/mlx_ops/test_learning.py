@@ -41,7 +41,7 @@ def drawing(model: Any, group_size: int):
 
 
 def learn(cls: type[PolicyTrainer[Any]], config: PolicyConfig, group_size: int) -> list[dict[str, float]]:
-    model, rows = tiny_model(scale=1.0), []
+    model, rows = tiny_model(sharpness=1.0, tie_word_embeddings=True), []
     trainer = cls(
         model,
         AdamW(learning_rate=config.learning_rate),
@@ -62,8 +62,8 @@ COMMON: dict[str, Any] = {"sampling": SAMPLING.model_dump(), "prompts_per_step":
 @pytest.mark.parametrize(
     ("cls", "config"),
     [
-        (GRPOTrainer, GRPOConfig(preset="grpo", steps=15, learning_rate=1e-2, group_size=8, **COMMON)),  # pyright: ignore
-        (PPOTrainer, PPOConfig(steps=22, learning_rate=2e-3, completions_per_prompt=8, **COMMON)),
+        (GRPOTrainer, GRPOConfig(preset="grpo", steps=20, learning_rate=1e-2, group_size=8, **COMMON)),  # pyright: ignore
+        (PPOTrainer, PPOConfig(steps=28, learning_rate=2e-3, completions_per_prompt=8, **COMMON)),
     ],
     ids=["grpo", "ppo"],
 )

@@ -4,7 +4,6 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
 from configs.schema import LoraAdapter, PretrainedModel, PromptConfig, ScratchModel
 from mlx_ops.model import (
@@ -21,6 +20,7 @@ from mlx_ops.model import (
 )
 from mlx_ops.prompts import completion_text, prompt_tokens, target_tokens
 from rewards.base import Example
+from tests.mlx_ops.tiny import leaves
 
 TEXTS = [f"{a} + {b} =\n#### {a + b}" for a in range(20) for b in range(20)]
 
@@ -69,9 +69,9 @@ def test_an_adapter_is_written_read_and_fused_without_changing_the_function(scra
     before = logits(policy.model)
     add_adapter(policy.model, adapter, seed=0)
     np.testing.assert_allclose(logits(policy.model), before, atol=1e-5)
-    names = {name.rsplit(".", 1)[-1] for name, _ in tree_flatten(policy.model.trainable_parameters())}
+    names = {name.rsplit(".", 1)[-1] for name, _ in leaves(policy.model.trainable_parameters())}
     assert names == ({"lora_a", "lora_b"} if kind == "lora" else {"lora_a", "lora_b", "m"})
-    shifted = [(n, a + 0.05) for n, a in tree_flatten(policy.model.trainable_parameters())]
+    shifted = [(n, a + 0.05) for n, a in leaves(policy.model.trainable_parameters())]
     policy.model.load_weights(shifted, strict=False)
     trained = logits(policy.model)
     assert np.abs(trained - before).max() > 1e-3
@@ -89,7 +89,7 @@ def test_qlora_trains_over_quantised_weights_and_fuses_without_requantising(scra
     mlx_lm.convert(str(scratch), str(tmp_path / "q"), quantize=True, q_bits=4, q_group_size=32)
     policy = load_policy(tmp_path / "q")
     add_adapter(policy.model, LoraAdapter(rank=4), seed=0)
-    shifted = [(n, a + 1e-3) for n, a in tree_flatten(policy.model.trainable_parameters())]
+    shifted = [(n, a + 1e-3) for n, a in leaves(policy.model.trainable_parameters())]
     policy.model.load_weights(shifted, strict=False)
     trained = logits(policy.model)
     fuse_adapters(policy.model)
@@ -131,7 +131,8 @@ def test_missing_and_unknown_models_say_so(scratch, tmp_path):
 def test_nan_weights_are_seen(scratch):
     policy = load_policy(scratch)
     assert finite(policy.model)
-    policy.model.model.norm.weight = policy.model.model.norm.weight * float("nan")
+    broken = [(name, array * float("nan")) for name, array in leaves(policy.model.parameters())[:1]]
+    policy.model.load_weights(broken, strict=False)
     assert not finite(policy.model)
 
 

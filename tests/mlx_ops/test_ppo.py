@@ -79,11 +79,12 @@ def test_kl_in_the_loss_leaves_the_rewards_alone():
 
 def test_advantages_are_whitened_over_the_tokens_that_count_and_returns_are_not():
     rows = [row([5, 6], [0.0, 0.0]), row([7], [0.0]), row([8, 9], [0.0, 0.0], counts=False)]
-    made, _ = with_targets(rows, [1.0, 4.0, 100.0], ppo_config(gae_lambda=1.0), kl_coef=0.0)
+    made, metrics = with_targets(rows, [1.0, 4.0, 100.0], ppo_config(gae_lambda=1.0), kl_coef=0.0)
     # 1, 1, 4: mean 2, unbiased variance 3.
     assert made[0].advantages == pytest.approx([-1 / math.sqrt(3)] * 2, rel=1e-4)
     assert made[1].advantages == pytest.approx([2 / math.sqrt(3)], rel=1e-4)
     assert made[1].returns == pytest.approx([4.0])
+    assert (metrics["return_mean"], metrics["return_max"]) == (2.0, 4.0)
 
 
 def test_equal_advantages_whiten_to_exactly_zero():

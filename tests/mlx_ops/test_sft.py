@@ -6,7 +6,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.optimizers import SGD
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 from mlx_lm.models import gpt2
 
 from configs.schema import LoraAdapter, PromptConfig, SFTConfig
@@ -18,7 +18,7 @@ from mlx_ops.sft import SFTTrainer, make_pairs, sft_batches
 from mlx_ops.trainer import global_norm
 from rewards.base import Example
 from tests.mlx_ops.test_prompts import CHATML, EXAMPLE, tokenizer
-from tests.mlx_ops.tiny import tiny_model
+from tests.mlx_ops.tiny import leaves, tiny_model
 
 PAIRS = [Pair((1, 2, 3), (4, 5)), Pair((6,), (7, 8, 9, 10, 11, 12)), Pair((2, 2), (3,))]
 TURNS = [*PAIRS, Pair((20, 21), (22, 23, 24, 25), (True, False, False, True))]
@@ -173,12 +173,12 @@ def test_noise_is_drawn_anew_for_training_and_never_for_validation(packing):
 
 def test_training_with_noise_moves_the_same_weights_and_fits():
     model = tiny_model()
-    names = [name for name, _ in tree_flatten(model.parameters())]
+    names = [name for name, _ in leaves(model.parameters())]
     sft = trainer(model, learning_rate=0.5, neftune_alpha=1.0)
     losses = []
     sft.fit(40, report=lambda step, metrics: losses.append(metrics["loss"]), save=lambda step, metrics: None)
     assert losses[-1] < 0.2 < 3 < losses[0]
-    assert [name for name, _ in tree_flatten(model.parameters())] == names
+    assert [name for name, _ in leaves(model.parameters())] == names
 
 
 def test_noise_is_refused_where_the_embedding_is_not_clear():

@@ -1,5 +1,6 @@
 import math
 from contextlib import contextmanager
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +19,7 @@ class Toy(BaseTrainer[float]):
         return [[float(step)], [float(step) + 1]], {"reward": float(step)}
 
     def loss(self, model, batch):
-        return mx.sum(model.weight) * batch, {"tokens": mx.array(batch + 1), "seen": mx.array(batch)}
+        return mx.sum(cast(mx.array, model.weight)) * batch, {"tokens": mx.array(batch + 1), "seen": mx.array(batch)}
 
 
 def toy():
@@ -29,10 +30,15 @@ def toy():
 
 def test_a_step_reports_once_all_its_updates_and_saves_after_that():
     rows, order = [], []
+
+    def report(step, metrics):
+        rows.append((step, dict(metrics)))
+        order.append("report")
+
     trainer = toy()
     trainer.fit(
         2,
-        report=lambda step, metrics: (rows.append((step, dict(metrics))), order.append("report")),
+        report=report,
         save=lambda step, metrics: order.append(f"save {step}"),
         evaluate=lambda step: {"evaluated": float(step)},
     )
@@ -43,7 +49,7 @@ def test_a_step_reports_once_all_its_updates_and_saves_after_that():
     assert rows[1][1]["evaluated"] == 2.0
     assert order == ["report", "save 1", "report", "save 2"]
     # SGD at rate 1 on a slope of the batch's number: 0 + 1 + 1 + 2.
-    assert float(trainer.model.weight) == pytest.approx(-4.0, rel=1e-4)
+    assert float(cast(mx.array, trainer.model.weight)) == pytest.approx(-4.0, rel=1e-4)
 
 
 def test_an_interrupt_while_collecting_leaves_the_last_completed_step():

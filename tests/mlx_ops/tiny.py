@@ -1,10 +1,10 @@
 """Small random models for tests."""
 
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import gemma2, llama, qwen2, qwen3
 
 ARCHITECTURES: dict[str, Any] = {"gemma2": gemma2, "llama": llama, "qwen2": qwen2, "qwen3": qwen3}
@@ -39,3 +39,8 @@ def tiny_model(architecture: str = "llama", *, seed: int = 0, sharpness: float =
         model.lm_head.weight = model.lm_head.weight * sharpness
     mx.eval(model.parameters())
     return model
+
+
+def leaves(tree: Any) -> list[tuple[str, mx.array]]:
+    """The arrays of a parameter tree with their dotted names."""
+    return cast(list[tuple[str, mx.array]], tree_flatten(tree))

@@ -1,4 +1,5 @@
 import json
+import shutil
 from decimal import Decimal
 
 import pytest
@@ -103,6 +104,12 @@ def test_a_child_process_makes_the_same_rows_and_hands_faults_over():
     assert list(generate(settings)) == list(make_rows(settings))
     with pytest.raises(ValueError, match=r"tasks\.0\.name: no worked solutions for 'maze'; .*'chain_sum'"):
         list(generate(source({"name": "maze"}, solution="steps")))
+
+
+def test_a_child_process_that_dies_is_a_fault_and_not_a_short_dataset(monkeypatch):
+    monkeypatch.setattr("sys.executable", shutil.which("false"))
+    with pytest.raises(ValueError, match="generating ended with status 1"):
+        list(generate(source({"name": "chain_sum"})))
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,11 @@ class Server:
         body = json.dumps({"query": query, "variables": dict(variables or {})}).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/graphql", body, headers)
-        with urllib.request.urlopen(request, timeout=60) as response:
-            answer = json.load(response)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                answer = json.load(response)
+        except urllib.error.HTTPError as error:  # what user code raised comes with a status of 500
+            answer = json.load(error)
         assert "errors" not in answer, answer["errors"]
         return answer["data"]
 
