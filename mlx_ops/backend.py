@@ -1,7 +1,7 @@
 """The device MLX runs on, and what must be so before and after its first import. The one place for that.
 
-On Linux without a GPU, MLX's wheel calls a reference BLAS of 2 GFLOP/s; a faster one has to be in the process before `mlx.core`
-is loaded, so nothing here imports MLX at the top. Left out: choosing among several GPUs, and NUMA.
+On Linux without a GPU, MLX's wheel calls a reference BLAS of 2 GFLOP/s; a faster one has to be in the process before
+`mlx.core` is loaded, so nothing here imports MLX at the top. Left out: choosing among several GPUs, and NUMA.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ DeviceChoice = Literal["auto", "cpu", "gpu"]
 Kind = Literal["cpu", "metal", "cuda"]
 
 SLOW_GFLOPS = 8.0
-"""The reference BLAS gives 2 a CPU-second, a fast one 50 to 100 a core, and a third of that on a machine in heavy use."""
+"""The reference BLAS gives 2 a CPU-second, a fast one 50 to 100 a core, a third of that on a machine in heavy use."""
 CPU_CACHE_BYTES = 4 << 30
 FIX = "install a fast BLAS: `pip install 'mlx-rl-trainer[cpu]'` (x86-64) or `apt install libopenblas0-pthread`"
 
@@ -51,7 +51,7 @@ class Backend:
 
 @cache
 def preload_blas() -> str | None:
-    """Load a fast BLAS into the process, so that MLX's CPU library binds to it; its path, or None where none was found or needed.
+    """Load a fast BLAS, so that MLX's CPU library binds to it; its path, or None where none was found or needed.
 
     Must run before the first `import mlx.core`; afterwards it only warns. Does nothing off Linux.
     """
@@ -95,7 +95,7 @@ def prepare(device: DeviceChoice = "auto") -> Backend:
 
 
 def measure_matmul(size: int = 384, repeats: int = 5) -> float:
-    """GFLOP a CPU-second of a float32 (size, size) matmul on a CPU: the best of `repeats`, whatever else the machine does."""
+    """GFLOP a CPU-second of a float32 (size, size) matmul: the best of `repeats`, whatever else the machine does."""
     import mlx.core as mx
 
     a = mx.random.normal((size, size), key=mx.random.key(0))
@@ -166,7 +166,7 @@ def _find_blas() -> str | None:
 
 
 def _limit_threads(library: ctypes.CDLL) -> None:
-    """No more threads than this process may use. Never raises the number: OPENBLAS_NUM_THREADS and MKL_NUM_THREADS stand."""
+    """No more threads than this process may use; never more than OPENBLAS_NUM_THREADS or MKL_NUM_THREADS say."""
     names = (("openblas_get_num_threads", "openblas_set_num_threads"), ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"))
     for get, put in names:
         if hasattr(library, get) and getattr(library, get)() > _usable_cores():

@@ -1,10 +1,11 @@
-"""Gradient checkpointing (arXiv:1604.06174) of a model's layers, that lets gradients through the prompts' keys and values.
+"""Gradient checkpointing (arXiv:1604.06174) that lets gradients through the prompts' keys and values.
 
-mlx-lm's `grad_checkpoint` keeps what a cache collects inside a layer out of the gradient; the shared forward pass needs it.
+mlx-lm's `grad_checkpoint` keeps what a cache collects inside a layer out of the gradient; the shared forward pass
+needs it.
 """
 
 from functools import cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -57,7 +58,7 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
             self.update(parameters)
             copy = None if held is None else held.replaced(taken)
             new = named | arrays | {name: copy for name, value in named.items() if held is not None and value is held}
-            out = kind.__call__(self, *(new.pop(place) for place in range(len(args))), **new)
+            out = kind.__call__(self, *(new.pop(place) for place in range(len(args))), **cast(dict[str, Any], new))
             return out, [] if copy is None else copy.given()
 
         taken = [] if held is None else held.taken()

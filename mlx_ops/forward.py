@@ -1,8 +1,8 @@
 """The teacher-forced forward pass, with the prompt run once for all its rows.
 
-A row's logits stand where its completion tokens are predicted: the last prompt token and all completion tokens but the last are
-the inputs. They attend to the prompt's keys and values, through which gradients flow back into the prompt's pass. A model that
-this can't serve (see `row_cache.refusal`) runs prompt and completion of every row.
+A row's logits stand where its completion tokens are predicted: the last prompt token and all completion tokens but
+the last are the inputs. They attend to the prompt's keys and values, through which gradients flow back into the
+prompt's pass. A model that this can't serve (see `row_cache.refusal`) runs prompt and completion of every row.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,8 @@ def prepare_rows(rows: TokenRows) -> PreparedRows:
 def score(
     model: nn.Module, rows: TokenRows | PreparedRows, *, temperature: float = 1.0, entropy: bool = False
 ) -> tuple[mx.array, mx.array | None]:
-    """The float32 log-probabilities (B, T) of completion tokens under softmax(logits / temperature); on request the entropies.
+    """Log-probabilities (B, T), float32, of completion tokens under softmax(logits / temperature); entropies on
+    request.
 
     Padding holds garbage: mask it.
     """
@@ -77,7 +78,7 @@ def project(model: nn.Module, hidden: mx.array) -> mx.array:
 
 
 def check_projection(model: nn.Module) -> None:
-    """`ValueError` where `project` of the trunk's output isn't what the model computes, as with scaled or capped logits."""
+    """`ValueError` where `project` of the trunk isn't what the model computes, as with scaled or capped logits."""
     tokens = mx.array([[1, 2, 3]])
     difference = mx.abs(project(model, _trunk(model)(tokens)) - _called(model)(tokens)).max()
     if float(difference) > 1e-3:
@@ -125,7 +126,7 @@ def _shared(model: Any, run: Run, rows: PreparedRows) -> mx.array:
 
 
 def _spread(rows: PreparedRows, per_prompt: mx.array) -> mx.array:
-    """(P, …) to (B, …), each row its prompt's. A product with ones and zeros is exact, and its gradient needs no scatter."""
+    """(P, …) to (B, …), each row its prompt's. A product with 0s and 1s is exact, and its gradient needs no scatter."""
     if rows.spread is None:
         return per_prompt if rows.group == 1 else mx.repeat(per_prompt, rows.group, axis=0)
     if not mx.issubdtype(per_prompt.dtype, mx.floating):

@@ -1,4 +1,5 @@
-"""The rollout engine: P·G rows decoded in one batch, a group's prompt run once, finished rows dropped, waiting ones admitted."""
+"""The rollout engine: P·G rows in one batch, a group's prompt run once, finished rows dropped, waiting ones
+admitted."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ class Stop(Protocol):
     """When a row ends other than by an end token."""
 
     def __call__(self, row: int, tokens: Sequence[int], seen: int) -> int | None:
-        """How many of its tokens a row keeps, more than the `seen` that were looked at before; None where it goes on."""
+        """How many of its tokens a row keeps, more than the `seen` of before; None where it goes on."""
         ...
 
 
@@ -42,7 +43,7 @@ class StopStrings:
     decode: Callable[[Sequence[int]], str]
     strings: tuple[str, ...]
 
-    def __call__(self, row: int, tokens: Sequence[int], seen: int) -> int | None:
+    def __call__(self, row: int, tokens: Sequence[int], seen: int) -> int | None:  # noqa: ARG002
         # A string has at most as many tokens as bytes, so a tail of the tokens seen is enough.
         first = max(0, seen - max(len(string.encode()) for string in self.strings))
         if not self._met(tokens[first:]):
@@ -81,8 +82,9 @@ def generate(  # noqa: PLR0913 (the engine's whole surface)
 ) -> list[Completion]:
     """`group_size` completions of each prompt, in group order; row b is drawn from `seeds[b]` alone.
 
-    An end token is kept, with its log-probability. At most `max_rows` rows are held at once, and waiting ones are admitted as
-    others end; None takes as many as memory allows. `cache` is chosen by the model and the device where it is None.
+    An end token is kept, with its log-probability. At most `max_rows` rows are held at once, and waiting ones are
+    admitted as others end; None takes as many as memory allows. `cache` is chosen by the model and the device where
+    it is None.
     """
     if len(seeds) != len(prompts) * group_size:
         raise ValueError(
@@ -113,7 +115,7 @@ def _plan(
     max_rows: int | None,
     cache: Kind | None,
 ) -> tuple[Kind, int]:
-    """The kind of cache, and how many rows at once: pages instead of whole rows where only they hold all rows at once."""
+    """The kind of cache, and how many rows at once: pages instead of whole rows where only they hold all of them."""
     kind = choose(model) if cache is None else cache
     rows = len(prompts) * group_size
     if max_rows is not None or refusal(model) is not None:

@@ -40,7 +40,7 @@ def choose(model: Any) -> Kind:
 
 
 def hold(kind: Kind, model: Any, prompts: Sequence[Sequence[int]], index: Sequence[int], left: int) -> Held:
-    """Run each prompt but for its last token once; rows that continue prompts `index`, in order, and may draw `left` tokens."""
+    """Run each prompt but for its last token once; the rows continue prompts `index` and may draw `left` tokens."""
     if kind == "library":
         return LibraryRows(model, prompts, index)
     reason = refusal(model)

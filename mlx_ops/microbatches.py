@@ -1,4 +1,4 @@
-"""Which rows run together: microbatches under a budget of padded tokens, and the budget that a device's memory allows."""
+"""Which rows run together: microbatches under a budget of padded tokens, and the budget that a memory allows."""
 
 from collections.abc import Sequence
 
@@ -16,8 +16,8 @@ def plan(
 ) -> list[list[int]]:
     """The rows of each microbatch, none above `token_budget` padded tokens unless it is one row.
 
-    A microbatch costs its prompts once each and its rows' completions, padded to the longest. Rows are cut by length, or by
-    group where the prompts that this saves are worth more than the padding.
+    A microbatch costs its prompts once each and its rows' completions, padded to the longest. Rows are cut by length,
+    or by group where the prompts that this saves are worth more than the padding.
     """
     rows = range(len(prompt_index))
     longest: dict[int, int] = {}
@@ -39,7 +39,8 @@ def plan(
 def padded_tokens(
     rows: Sequence[int], prompt_lengths: Sequence[int], prompt_index: Sequence[int], completion_lengths: Sequence[int]
 ) -> int:
-    """What one microbatch of these rows runs: distinct prompts x the longest, and rows x the longest completion's bucket."""
+    """What a microbatch of these rows runs: distinct prompts x the longest, and rows x the longest completion's
+    bucket."""
     prompts = {prompt_index[row] for row in rows}
     prompt_width = max(prompt_lengths[prompt] for prompt in prompts)
     return len(prompts) * prompt_width + len(rows) * bucketed(max(completion_lengths[row] for row in rows))
@@ -67,8 +68,8 @@ def suggest_token_budget(
 ) -> int:
     """Padded tokens of a microbatch that fit into `share` of the memory that is free for activations.
 
-    A token's backward pass holds three float32 rows of the vocabulary (logits, their exponentials, their gradient) and some
-    34 vectors of the hidden size in every layer.
+    A token's backward pass holds three float32 rows of the vocabulary (logits, their exponentials, their gradient)
+    and some 34 vectors of the hidden size in every layer.
     """
     token_bytes = 3 * 4 * vocabulary + 34 * element_bytes * hidden * layers
     return max(BUCKET, int(share * memory_bytes / token_bytes))

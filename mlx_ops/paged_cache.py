@@ -1,9 +1,9 @@
 """A key-value cache of pages: blocks of a pool that rows take, share and give back.
 
-Row b's token i lies in block `tables[b][i // size]`, slot `i % size`. The full blocks of a prompt are held once for all rows that
-continue it; what was begun is copied, so a block that is written has one holder. Nothing else is copied when a row joins or
-leaves. Fetching gathers a layer's pages into one array, which is gone when the layer is done: what lasts is the pool. Left out:
-swapping pages out, and reading pages in a kernel.
+Row b's token i lies in block `tables[b][i // size]`, slot `i % size`. The full blocks of a prompt are held once for
+all rows that continue it; what was begun is copied, so a block that is written has one holder. Nothing else is copied
+when a row joins or leaves. Fetching gathers a layer's pages into one array, which is gone when the layer is done:
+what lasts is the pool. Left out: swapping pages out, and reading pages in a kernel.
 """
 
 from collections.abc import Sequence
@@ -138,7 +138,8 @@ class PagedKVCache:
         return False
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append (B, H, n, D) to every row and give all columns (B, H, S, D); a shorter row's last ones are not its own."""
+        """Append (B, H, n, D) to every row, and give all columns (B, H, S, D); a shorter row's last ones aren't its
+        own."""
         rows, _, count, _ = keys.shape
         while len(self.pages.tables) < rows:
             self.pages.join()

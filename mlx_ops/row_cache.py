@@ -1,7 +1,7 @@
 """Key-value caches with mlx-lm's surface, for rows that advance together.
 
-They serve layers with full attention; `refusal` says why a model has others. A row's columns stand right-aligned: padding, its
-prompt, what was drawn.
+They serve layers with full attention; `refusal` says why a model has others. A row's columns stand right-aligned:
+padding, its prompt, what was drawn.
 """
 
 from collections.abc import Sequence
@@ -121,13 +121,14 @@ class RowCache:
         known = self.state or other.state
         if known:
             parts = [_shifted(cache, shift, self._capacity, known) for cache, shift in shifts]
-            self.keys, self.values = (mx.concatenate(pair, axis=0) for pair in zip(*parts, strict=True))
+            self.keys, self.values = (mx.concatenate(list(pair), axis=0) for pair in zip(*parts, strict=True))
         self.index = index
         self._pad(padding)
 
 
 def _shifted(cache: RowCache, shift: int, columns: int, like: Sequence[mx.array]) -> list[mx.array]:
-    """A cache's arrays, its columns `shift` further right in buffers of `columns`; `like` has the shape where it is empty."""
+    """A cache's arrays, `shift` columns further right in buffers of `columns`; `like` has the shape where it is
+    empty."""
     held = cache.state or [mx.zeros((len(cache.padding), *array.shape[1:]), array.dtype) for array in like]
     return [_placed(array, array, shift, cache.index, columns) for array in held]
 

@@ -1,7 +1,7 @@
 """Sampling strategies: closures made once, so that the token loop has no `if`.
 
-A draw of row b at its step t is a function of the row's seed and t alone, whatever its batch mates, slot or rank. Left out:
-repetition penalties, and any strategy that looks at earlier tokens.
+A draw of row b at its step t is a function of the row's seed and t alone, whatever its batch mates, slot or rank.
+Left out: repetition penalties, and any strategy that looks at earlier tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from configs.schema import SamplingConfig
 from mlx_ops.logprobs import at_least_float32
 
 Sampler = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
-"""(logits (B, V), uniforms (B, 2)) -> (tokens (B,), logprobs (B,) float32 under the distribution that was drawn from)."""
+"""(logits (B, V), uniforms (B, 2)) -> (tokens (B,), logprobs (B,) float32, of the distribution that was drawn from)."""
 
 BLOCK = 128
 """Tokens of a block in the two-level draw; most vocabularies divide by it, and then nothing is padded."""
@@ -36,7 +36,7 @@ def uniforms(seeds: Sequence[int], starts: Sequence[int], count: int) -> NDArray
 
 
 def make_sampler(config: SamplingConfig) -> Sampler:
-    """Temperature, then top-k, top-p and min-p on the tempered distribution; the log-probabilities are those of what remains.
+    """Temperature, then top-k, top-p and min-p on the tempered distribution; log-probabilities are of what remains.
 
     Temperature 0 is greedy; its log-probabilities are the model's own, at temperature 1.
     """
@@ -50,8 +50,8 @@ def make_sampler(config: SamplingConfig) -> Sampler:
 def draw(logits: mx.array, u: mx.array) -> tuple[mx.array, mx.array]:
     """One token a row from softmax(logits) by inversion, and its log-probability: both from one pass of exp.
 
-    A large vocabulary is drawn in two levels, a block of tokens and a token in it, each with a uniform of its own: float32's
-    rounding then stays relative to a block's mass.
+    A large vocabulary is drawn in two levels, a block of tokens and a token in it, each with a uniform of its own:
+    float32's rounding then stays relative to a block's mass.
     """
     top = logits.max(axis=-1, keepdims=True)
     weights = mx.exp(logits - top)

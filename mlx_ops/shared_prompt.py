@@ -1,7 +1,8 @@
 """Decoding over prompts that are held once: a row attends to its prompt's keys and values, then to its own.
 
-mlx-lm's models fetch one array of keys from a cache and hand it to `scaled_dot_product_attention`. `route_attention` lets a cache
-that has `attend` answer instead. The rows of a group then meet their prompt in one matrix product, and no prompt is copied.
+mlx-lm's models fetch one array of keys from a cache and hand it to `scaled_dot_product_attention`. `route_attention`
+lets a cache that has `attend` answer instead. The rows of a group then meet their prompt in one matrix product, and
+no prompt is copied.
 """
 
 from collections.abc import Sequence
@@ -110,7 +111,7 @@ class SharedPromptCache:
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | None:
         """The mask over the prompts' and the own columns, where any is padded."""
-        assert N == 1 and window_size is None, "a step is one token of full attention"
+        assert (N, window_size) == (1, None), "a step is one token of full attention"
         if self.layout.padded is None and self.own.padded is None and not return_array:
             return None
         padding = mx.zeros((len(self.own.padding),), mx.int32) if self.own.padded is None else self.own.padded

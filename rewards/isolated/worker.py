@@ -70,7 +70,7 @@ def answer(request: dict[str, Any], module: types.ModuleType, limit: int) -> dic
 
 
 def _error(error: BaseException) -> dict[str, Any]:
-    """The nearest builtin class, the class's own name and the message; they may lie, and do no more than fail a test."""
+    """The nearest builtin class, the class's own name and the message; they may lie, but only to fail a test."""
     kind = next(c for c in type(error).__mro__ if getattr(builtins, c.__name__, None) is c)
     try:
         message = str(error)[:500]

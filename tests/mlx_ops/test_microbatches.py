@@ -61,5 +61,6 @@ def test_the_budget_keeps_three_rows_of_the_vocabulary_within_the_memory():
     budget = suggest_token_budget(16 << 30, vocabulary=151_936, hidden=896, layers=24)
     assert budget * 3 * 151_936 * 4 < 8 << 30
     assert budget > 1000
-    assert suggest_token_budget(32 << 30, vocabulary=151_936, hidden=896, layers=24) == pytest.approx(2 * budget, rel=0.01)
+    doubled = suggest_token_budget(32 << 30, vocabulary=151_936, hidden=896, layers=24)
+    assert doubled == pytest.approx(2 * budget, rel=0.01)
     assert suggest_token_budget(1, vocabulary=10, hidden=8, layers=1) == 32

@@ -99,7 +99,8 @@ def test_no_schedule_of_joins_and_leaves_loses_or_shares_a_block_wrongly(actions
                 assert np.array(keys[place, 1, : len(row), 3]).tolist() == row
                 assert np.array(values[place, 0, : len(row), 0]).tolist() == [-x for x in row]
         check_books(pages)
-        written_next = [table[len(row) // PAGE] for table, row in zip(pages.tables, rows, strict=True) if len(row) % PAGE]
+        begun = [(table, row) for table, row in zip(pages.tables, rows, strict=True) if len(row) % PAGE]
+        written_next = [table[len(row) // PAGE] for table, row in begun]
         assert all(pages.pool.holders[block] == 1 for block in written_next)
 
 

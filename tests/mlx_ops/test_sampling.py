@@ -97,7 +97,8 @@ def test_truncation_keeps_the_likeliest_and_renormalises(settings, kept):
     shuffled = [PROBABILITIES[place] for place in (3, 0, 4, 2, 1)]
     u = mx.array([[(place + 0.5) / 200, 0.5] for place in range(200)])
     tokens, logprobs = sampler(mx.broadcast_to(mx.log(mx.array([shuffled])), (200, 5)), u)
-    drawn = {shuffled[token]: math.exp(logprob) for token, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True)}
+    pairs = zip(np.array(tokens).tolist(), np.array(logprobs).tolist(), strict=True)
+    drawn = {shuffled[token]: math.exp(logprob) for token, logprob in pairs}
     whole = sum(PROBABILITIES[:kept])
     assert drawn == pytest.approx({p: p / whole for p in PROBABILITIES[:kept]}, abs=1e-5)
 

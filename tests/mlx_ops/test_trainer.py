@@ -1,4 +1,5 @@
 import math
+import time
 from contextlib import contextmanager
 from typing import cast
 
@@ -9,7 +10,7 @@ from mlx.optimizers import SGD
 
 from configs.schema import OptimizerConfig
 from mlx_ops.optimizers import make_schedule
-from mlx_ops.trainer import BaseTrainer, Limits, global_norm, mean_of
+from mlx_ops.trainer import BaseTrainer, Limits, global_norm, mean_of, rates, whole_of
 
 
 class Toy(BaseTrainer[float]):
@@ -89,6 +90,33 @@ def test_means_are_weighted_by_tokens_extremes_are_extremes_and_seconds_add_up()
         {"tokens": 3.0, "kl": 2.0, "ratio_max": 2.0, "ratio_min": 0.1, "seconds/update": 1.0},
     ]
     assert mean_of(rows) == {"tokens": 4.0, "kl": 1.75, "ratio_max": 3.0, "ratio_min": 0.1, "seconds/update": 2.0}
+
+
+def test_shares_of_the_loss_add_up_over_microbatches_and_average_over_updates():
+    parts = [{"tokens": 1.0, "value_loss": 0.5, "kl": 1.0}, {"tokens": 3.0, "value_loss": 0.25, "kl": 2.0}]
+    assert whole_of(parts) == {"tokens": 4.0, "value_loss": 0.75, "kl": 1.75}
+    assert mean_of([{"tokens": 1.0, "value_loss": 1.0}, {"tokens": 1.0, "value_loss": 2.0}])["value_loss"] == 1.5
+
+
+def test_rates_are_tokens_over_the_seconds_of_their_own_part():
+    metrics = {"tokens_generated": 600.0, "seconds/generate": 3.0, "tokens": 500.0, "seconds/update": 2.0}
+    assert rates(metrics) == {"tokens_per_second/generate": 200.0, "tokens_per_second/update": 250.0}
+    assert rates({"tokens_generated": 600.0, "seconds/generate": 0.0, "seconds/update": 2.0}) == {}
+
+
+def test_a_step_says_how_long_its_parts_took_and_how_much_memory():
+    rows = []
+    trainer = toy()
+    trainer.fit(
+        2,
+        report=lambda step, metrics: rows.append(dict(metrics)),
+        save=lambda step, metrics: time.sleep(0.05),
+        evaluate=lambda step: time.sleep(0.02) or {},
+    )
+    assert rows[0]["seconds/save"] == 0
+    assert rows[1]["seconds/save"] >= 0.05
+    assert all(0.02 <= row["seconds/evaluate"] <= row["seconds/step"] for row in rows)
+    assert all(row["peak_memory_gb"] > 0 and row["updates"] == 2 for row in rows)
 
 
 def test_the_norm_is_over_all_gradients_and_survives_half_precision():

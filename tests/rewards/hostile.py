@@ -23,7 +23,8 @@ from typing import Any
 
 from rewards.sandbox import Judge, Limits, Verdict
 
-VECTORS = Path(os.environ.get("HOSTILE", Path(__file__).parents[2] / ".." / "shared" / "vectors" / "hostile_snippets.json"))
+SHARED = Path(__file__).parents[2] / ".." / "shared"
+VECTORS = Path(os.environ.get("HOSTILE", SHARED / "vectors" / "hostile_snippets.json"))
 
 _SET_CHILD_SUBREAPER = 36
 _CANARY = "canary\n"
@@ -66,7 +67,7 @@ class Scene:
         if sorted(path.name for path in self.outside.iterdir()) != ["canary.txt", "listener"]:
             found.append("new files in the outside folder")
         places = {self.outside, Path.home(), *map(Path, ("/tmp", "/var/tmp", "/dev/shm", *sys.path))}
-        if any(self.mark in name for place in places if place.is_dir() for name in os.listdir(place)):
+        if any(self.mark in name for place in places if place.is_dir() for name in _names(place)):
             found.append("marker files on the host")
         if self.victim.poll() is not None:
             found.append("the victim process was ended")
@@ -77,7 +78,7 @@ class Scene:
 
 @contextmanager
 def scene() -> Iterator[Scene]:
-    """A canary, a secret, listeners and a victim; the secret is in this process's environment too, and in a descriptor."""
+    """A canary, a secret, listeners, a victim; the secret is in this process's environment too, and in a descriptor."""
     with ExitStack() as stack:
         outside = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="outside-")))
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="home-", dir=_home())))
@@ -103,8 +104,12 @@ def scene() -> Iterator[Scene]:
 
 
 def _home() -> str:
-    home = os.path.expanduser("~")
+    home = str(Path.home())
     return home if os.access(home, os.W_OK) else tempfile.gettempdir()
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
 
 
 def _listen(path: Path, traffic: list[str], stack: ExitStack) -> dict[str, Any]:
@@ -166,7 +171,7 @@ def _command(pid: int) -> str:
 
 
 def work_dirs() -> set[str]:
-    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("mlx-rl-")}
+    return {name for name in _names(Path(tempfile.gettempdir())) if name.startswith("mlx-rl-")}
 
 
 def memory() -> int:
