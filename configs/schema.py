@@ -4,7 +4,7 @@ Limits stand in the annotation, meanings under the field. A rule across fields i
 change.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from zoneinfo import available_timezones
 
 from pydantic import (
@@ -18,6 +18,9 @@ from pydantic import (
     model_validator,
 )
 
+TrainedStage = Literal["sft", "grpo", "ppo", "rl"]
+"""What an experiment can train, in order; `rl` is by the algorithm of a plugin."""
+Stage = Literal["base", TrainedStage]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
 MAY_CHANGE = Field(json_schema_extra={"may_change_on_resume": True})
@@ -354,6 +357,12 @@ class PolicyConfig(TrainingConfig):
         return self
 
     @model_validator(mode="after")
+    def _no_dropout(self) -> "PolicyConfig":
+        if isinstance(self.adapter, LoraAdapter) and self.adapter.dropout:
+            raise ValueError("adapter.dropout: the policy that samples has none, so an update must have none; set 0")
+        return self
+
+    @model_validator(mode="after")
     def _reference_is_used(self) -> "PolicyConfig":
         if self.ref_refresh_every is not None and self.kl_coef == 0:
             raise ValueError("ref_refresh_every: has no effect with kl_coef: 0, which loads no reference")
@@ -654,4 +663,4 @@ class ExperimentConfig(Strict):
     @property
     def stages(self) -> tuple[str, ...]:
         """The models that are evaluated, in order: the untrained base, then each trained stage."""
-        return ("base", *(stage for stage in ("sft", "grpo", "ppo", "rl") if getattr(self, stage) is not None))
+        return ("base", *(stage for stage in get_args(TrainedStage) if getattr(self, stage) is not None))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 from pydantic import BaseModel
@@ -121,17 +122,20 @@ class PolicyTrainer(BaseTrainer[PolicyBatch], Generic[Config]):
     ) -> Iterator[Sequence[PolicyBatch]]:
         """The minibatches one by one; after the last update the samples are kept and the reference follows if due."""
         self.gaps.clear()
-        yield from minibatches
+        for minibatch in minibatches:
+            # Layers with kernels of their own take the path that has a gradient.
+            self.model.train()
+            yield minibatch
+            self.model.eval()
         self.keep([{**row, "logprob_difference": self.gaps.get(place)} for place, row in enumerate(samples)])
         every = self.config.ref_refresh_every
         if self.reference is not None and every is not None and (step + 1) % every == 0:
             self.reference.refresh(self.policy)
 
     def observe(self, batch: PolicyBatch, extra: Mapping[str, mx.array]) -> None:
-        """Remember how far sampler and trainer are apart on each rollout, as the first pass over it finds."""
+        """Remember how far sampler and trainer are apart on each rollout."""
         if ROW_GAP in extra:
-            for place, gap in zip(batch.places, extra[ROW_GAP].tolist(), strict=True):  # pyright: ignore
-                self.gaps.setdefault(place, float(gap))
+            self.gaps |= zip(batch.places, np.array(extra[ROW_GAP]).tolist(), strict=True)
 
 
 AlgorithmRegistry: Registry[PolicyTrainer[Any]] = Registry("algorithm")

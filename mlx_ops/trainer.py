@@ -87,7 +87,7 @@ class BaseTrainer(ABC, Generic[Batch]):
         evaluate: Callable[[int], Metrics] = no_metrics,
         shield: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """Train up to `steps` completed steps. An interrupt is held by `shield` while weights or state move."""
+        """Train up to `steps` completed steps. `shield` holds an interrupt back from the first update to the report."""
         self.committed, saved = self.state(), 0.0
         for step in range(self.completed, steps):
             started = time.perf_counter()
@@ -97,9 +97,9 @@ class BaseTrainer(ABC, Generic[Batch]):
             with shield():
                 self.resting = False
                 metrics |= mean_of([self.update(batch) for batch in minibatches])
-            updated = time.perf_counter()
-            metrics |= evaluate(step + 1)
-            with shield():
+                updated = time.perf_counter()
+                # Inside the shield: an interrupt that waited must not meet weights whose step isn't reported yet.
+                metrics |= evaluate(step + 1)
                 done = time.perf_counter()
                 metrics |= {"seconds/evaluate": done - updated, "seconds/step": done - started, "seconds/save": saved}
                 report(step + 1, metrics | rates(metrics) | {"peak_memory_gb": mx.get_peak_memory() / 1e9})

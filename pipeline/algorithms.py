@@ -23,5 +23,5 @@ def algorithm_of(config: GRPOConfig | PPOConfig | PluginPolicyConfig) -> "type[P
     try:
         cls.Options.model_validate(options_of(config))
     except ValidationError as error:
-        raise ValueError(describe(error, f"options of algorithm {config.algorithm!r}", options_of(config))) from error
+        raise ValueError(describe(error, f"options: of algorithm {config.algorithm!r}", options_of(config))) from error
     return cls

@@ -59,6 +59,7 @@ def load_entry(file: Path, overrides: Sequence[str] = ()) -> Entry:
     entry = Entry(experiment, file)
     entry.load_plugins()
     _look_up_rewards(entry)
+    _look_up_algorithm(entry)
     _look_up_evaluations(entry)
     return entry
 
@@ -90,6 +91,18 @@ def _look_up_rewards(entry: Entry) -> None:
             build_reward(config)
         except ValueError as error:
             raise ValueError(f"{entry.source}: rewards.{place}.options: {error}") from error
+
+
+def _look_up_algorithm(entry: Entry) -> None:
+    """An algorithm's class brings MLX with it: only an experiment that has one waits for that."""
+    if entry.experiment.rl is None:
+        return
+    from pipeline.algorithms import algorithm_of
+
+    try:
+        algorithm_of(entry.experiment.rl)
+    except ValueError as error:
+        raise ValueError(f"{entry.source}: rl.{error}") from error
 
 
 def _look_up_evaluations(entry: Entry) -> None:

@@ -6,7 +6,13 @@ import dagster as dg
 
 from configs.schema import ExperimentConfig
 
-MODEL_ASSETS = {"base": "base_model", "sft": "sft_model", "grpo": "grpo_checkpoint", "ppo": "ppo_checkpoint"}
+MODEL_ASSETS: dict[str, str] = {
+    "base": "base_model",
+    "sft": "sft_model",
+    "grpo": "grpo_checkpoint",
+    "ppo": "ppo_checkpoint",
+    "rl": "rl_checkpoint",
+}
 """The asset of each stage's model."""
 LEADERBOARD = dg.AssetKey(["leaderboard"])
 DATASETS_GROUP = "datasets"
@@ -30,7 +36,7 @@ def report_key(experiment: str, stage: str, evaluation: str) -> dg.AssetKey:
 
 def start_stage(experiment: ExperimentConfig, stage: str) -> str:
     """The stage whose model `stage` starts from: reinforcement learning starts from SFT where there is one."""
-    return "sft" if stage in ("grpo", "ppo") and experiment.sft is not None else "base"
+    return "sft" if stage in ("grpo", "ppo", "rl") and experiment.sft is not None else "base"
 
 
 def report_keys(experiment: ExperimentConfig, stages: Sequence[str] | None = None) -> list[dg.AssetKey]:

@@ -4,12 +4,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
 from configs.loader import digest
-from configs.schema import ExperimentConfig
+from configs.schema import ExperimentConfig, TrainedStage
 from pipeline.catalog import Entry
 from pipeline.guard import long_work
 from pipeline.keys import DEVICE_POOL, model_key
@@ -20,7 +20,7 @@ from pipeline.resources import MlxResource, RunStore, short_id
 from pipeline.sinks import RunInfo, Sink, read_metrics
 
 if TYPE_CHECKING:
-    from pipeline.train import Stage, Trained
+    from pipeline.train import Trained
 
 MAX_OBSERVATIONS = 100
 """Of one run: each costs 10 ms and a row of the run database."""
@@ -29,7 +29,7 @@ MAX_OBSERVATIONS = 100
 class TrainConfig(dg.Config):
     """What the launchpad's settings become for the op."""
 
-    stage: Literal["sft", "grpo", "ppo"]
+    stage: TrainedStage
     experiment: str
     """JSON of what was set; the defaults are the schema's."""
     source: str
@@ -96,7 +96,7 @@ class Place:
 
 
 def _train(
-    context: dg.OpExecutionContext, experiment: ExperimentConfig, stage: "Stage", place: Place
+    context: dg.OpExecutionContext, experiment: ExperimentConfig, stage: TrainedStage, place: Place
 ) -> tuple["Trained", str | None]:
     """What the stage left, and the page where its numbers are."""
     place.mlx.prepare()  # before anything imports MLX

@@ -1,8 +1,6 @@
 """What assets pass to each other: where a thing is and what made it, never the thing itself. All of it is JSON."""
 
-from typing import Literal
-
-from configs.schema import Strict
+from configs.schema import Stage, Strict
 
 
 class DatasetRef(Strict):
@@ -22,7 +20,7 @@ class CheckpointRef(Strict):
 
     path: str
     """The checkpoint's folder, relative to the artifact root; its `model/` loads in mlx-lm."""
-    stage: Literal["base", "sft", "grpo", "ppo"]
+    stage: Stage
     step: int
     config_digest: str
     sha256: str
@@ -34,7 +32,7 @@ class ReportRef(Strict):
 
     path: str
     """Relative to the artifact root."""
-    stage: Literal["base", "sft", "grpo", "ppo"]
+    stage: Stage
     benchmark: str
     metric: str
     score: float

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import mlx_ops as mlx_ops  # before MLX, which binds its BLAS when it is imported
 
@@ -29,10 +29,12 @@ from configs.schema import (
     PretrainedModel,
     SamplingConfig,
     SFTConfig,
+    TrainedStage,
     TrainingConfig,
 )
 from mlx_ops.backend import Backend, prepare
 from mlx_ops.checkpoint import CheckpointStore, Saved, manifest_digest, restore_optimizer, trainer_arrays
+from mlx_ops.checkpointing import checkpoint_layers
 from mlx_ops.generation import generate
 from mlx_ops.microbatches import suggest_token_budget
 from mlx_ops.model import (
@@ -64,7 +66,6 @@ from rewards.composer import RewardComposer
 
 log = logging.getLogger(__name__)
 
-Stage = Literal["sft", "grpo", "ppo", "rl"]
 Settings = dict[str, Any]
 Reinforcement = GRPOConfig | PPOConfig | PluginPolicyConfig
 MAX_TOKEN_BUDGET = 16_384
@@ -115,7 +116,7 @@ def make_base(
     return Trained(directory, 0, manifest_digest(directory), [])
 
 
-def train_stage(job: Job, stage: Stage) -> Trained:
+def train_stage(job: Job, stage: TrainedStage) -> Trained:
     """Train one stage, or go on from the newest checkpoint of the run directory that verifies.
 
     An interrupt leaves a checkpoint of the last completed step and goes on its way.
@@ -145,7 +146,7 @@ class _Run:
     """A trainer in its run directory."""
 
     job: Job
-    stage: Stage
+    stage: TrainedStage
     config: TrainingConfig
     policy: Policy
     trainer: BaseTrainer[Any]
@@ -253,7 +254,7 @@ def load_weights(policy: Policy, config: TrainingConfig, folder: Path) -> None:
         policy.model.load_weights(list(cast(dict[str, mx.array], mx.load(str(file))).items()), strict=False)
 
 
-def publish(saved: Saved, job: Job, stage: Stage, samples: list[dict[str, Any]]) -> Trained:
+def publish(saved: Saved, job: Job, stage: TrainedStage, samples: list[dict[str, Any]]) -> Trained:
     """The chosen checkpoint as a folder of its own that rotation never touches, with adapters fused into `model/`."""
     path = job.run_dir / "published" / saved.path.name
     with new_directory(path, {"stage": stage, "step": saved.step}) as folder:
@@ -274,9 +275,7 @@ def _load_start(job: Job, config: TrainingConfig, backend: Backend) -> Policy:
     policy = load_policy(job.start_dir / "model", _dtype(job.device, config, backend))
     add_adapter(policy.model, config.adapter, job.experiment.seed)
     if config.gradient_checkpointing:
-        from mlx_lm.tuner.trainer import grad_checkpoint
-
-        grad_checkpoint(cast(Any, policy.model).layers[0])
+        checkpoint_layers(policy.model)
     return policy
 
 

@@ -39,6 +39,7 @@ def stage_version(entry: Entry, stage: str) -> str:
         dataset_version(experiment.dataset),
         stage_version(entry, start_stage(experiment, stage)),
         *judged,
+        *algorithm_source(entry, stage),
     )
 
 
@@ -54,6 +55,15 @@ def report_version(entry: Entry, stage: str, evaluation: EvaluationConfig) -> st
         stage_version(entry, stage),
         *judged,
     )
+
+
+def algorithm_source(entry: Entry, stage: str) -> list[str]:
+    """A hash of the file that a plugin's algorithm stands in; nothing for our own, whose code is the package's."""
+    if stage != "rl" or entry.experiment.rl is None:
+        return []
+    from pipeline.algorithms import algorithm_of
+
+    return [sha256(Path(inspect.getfile(algorithm_of(entry.experiment.rl))))]
 
 
 def rewards_source(entry: Entry) -> str:

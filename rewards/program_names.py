@@ -1,58 +1,78 @@
-"""Which names a piece of Python binds, uses and needs, and which of its statements only show or check the result."""
+"""Which names the statements of a program bind and use, and which of them only show or check its result."""
 
 import ast
 import builtins
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from rewards.program_text import Piece, is_bare
 
 _BUILTINS = frozenset(dir(builtins))
 _SHOWING = {"print", "input", "exit", "quit", "pprint", "doctest", "unittest", "pytest", "main"}
-_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_DEFINITIONS = (*_FUNCTIONS, ast.ClassDef)
+_IMPORTS = (ast.Import, ast.ImportFrom)
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A top-level statement, the names of the module that it binds, and those that it reads."""
+
+    node: ast.stmt
+    binds: frozenset[str]
+    uses: frozenset[str]
+
+
+def statements(tree: ast.Module) -> list[Statement]:
+    """The module's statements, in order."""
+    return [Statement(node, frozenset(bound_by(node)), frozenset(_used_by(node))) for node in tree.body]
 
 
 def bound_by(node: ast.stmt) -> set[str]:
     """Names that a top-level statement binds in the module."""
     if isinstance(node, _DEFINITIONS):
         return {node.name}
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
-        return {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
-    inner = (child for child in ast.walk(node) if child is not node)
-    own = {child.id for child in ast.walk(node) if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store)}
-    return own.union(
-        *(bound_by(child) for child in inner if isinstance(child, (*_DEFINITIONS, ast.Import, ast.ImportFrom)))
-    )
+    return {name for child in ast.walk(node) for name in _bound_here(child)}
 
 
-def used_by(node: ast.AST) -> set[str]:
+def _bound_here(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    elif isinstance(node, _DEFINITIONS):
+        yield node.name
+    elif isinstance(node, _IMPORTS):
+        yield from ((alias.asname or alias.name).partition(".")[0] for alias in node.names)
+    elif isinstance(node, ast.ExceptHandler) and node.name:
+        yield node.name
+
+
+def _used_by(node: ast.AST) -> set[str]:
     """Names of the module that it reads: for a function, those that it doesn't bind itself."""
-    names = [child for child in ast.walk(node) if isinstance(child, ast.Name)]
+    inside = list(ast.walk(node))
+    names = [child for child in inside if isinstance(child, ast.Name)]
     used = {name.id for name in names if not isinstance(name.ctx, ast.Store)}
-    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+    if not isinstance(node, _FUNCTIONS):
         return used
     own = {name.id for name in names if isinstance(name.ctx, ast.Store)}
-    return used - own - {child.arg for child in ast.walk(node) if isinstance(child, ast.arg)}
+    return used - own - {child.arg for child in inside if isinstance(child, ast.arg)}
 
 
-def definition(tree: ast.Module, name: str) -> ast.stmt | None:
-    """The last top-level statement that binds the name to something that has a body."""
-    found = [node for node in tree.body if name in bound_by(node) and is_real(node)]
-    return found[-1] if found else None
+def defines(tree: ast.Module, name: str) -> bool:
+    """Whether a top-level statement binds the name to something that has a body."""
+    return any(name in bound_by(node) and is_real(node) for node in tree.body)
 
 
 def is_real(node: ast.stmt) -> bool:
-    """Not a stub: a function whose body is a docstring, `pass`, `...` or NotImplementedError is one."""
-    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        return True
-    return any(not _is_filler(child) for child in node.body)
+    """Not a stub: a function that has nothing but a docstring, imports, `pass`, `...` or NotImplementedError is one."""
+    return not isinstance(node, _FUNCTIONS) or not all(map(_is_filler, node.body))
 
 
 def _is_filler(node: ast.stmt) -> bool:
     if isinstance(node, ast.Raise):
-        return "NotImplementedError" in used_by(node)
-    return isinstance(node, (ast.Pass, ast.Import, ast.ImportFrom)) or (
-        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    )
+        return "NotImplementedError" in _used_by(node)
+    is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return is_text or isinstance(node, (ast.Pass, *_IMPORTS))
 
 
 def has_own_return(node: ast.AST) -> bool:
@@ -70,11 +90,9 @@ def has_own_return(node: ast.AST) -> bool:
 def unresolved(trees: Iterable[ast.Module]) -> set[str]:
     """Names that are used and neither bound anywhere in these trees nor builtin."""
     nodes = [node for tree in trees for node in ast.walk(tree)]
-    bound = {node.arg for node in nodes if isinstance(node, ast.arg)}
-    bound |= {node.name for node in nodes if isinstance(node, ast.ExceptHandler) and node.name}
-    bound = bound.union(*(bound_by(node) for node in nodes if isinstance(node, ast.stmt)))
-    bound |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    return {node.id for node in nodes if isinstance(node, ast.Name)} - bound - _BUILTINS
+    bound = {name for node in nodes for name in _bound_here(node)}
+    arguments = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    return {node.id for node in nodes if isinstance(node, ast.Name)} - bound - arguments - _BUILTINS
 
 
 def without_usage(piece: Piece, entry_point: str, *, keep_first: bool = False) -> str:
@@ -82,61 +100,70 @@ def without_usage(piece: Piece, entry_point: str, *, keep_first: bool = False) -
 
     With `keep_first`, later definitions of the entry point go too: text that ran on after the answer.
     """
-    tree, dropped = piece.tree, []
-    needed = _needed(tree, entry_point)
-    tainted = _reaching(tree, entry_point, needed)
+    body = statements(piece.tree)
+    needed = _needed(body, entry_point)
+    tainted = _callers(body, entry_point, needed)
+    dropped: list[ast.stmt] = []
     seen = False
-    for node in tree.body:
-        defines = entry_point in bound_by(node)
-        if _shows(node, tainted, needed | {entry_point}) or (keep_first and seen and defines):
-            dropped.append(node)
-            tainted |= bound_by(node) - needed - {entry_point}
-        seen = seen or defines
+    for statement in body:
+        is_entry = entry_point in statement.binds
+        if _shows(statement, tainted, needed | {entry_point}) or (keep_first and seen and is_entry):
+            dropped.append(statement.node)
+            tainted |= statement.binds - needed - {entry_point}
+        seen = seen or is_entry
     return _without_lines(piece, dropped)
 
 
-def _needed(tree: ast.Module, entry_point: str) -> set[str]:
+def _needed(body: list[Statement], entry_point: str) -> set[str]:
     """Names that the entry point uses, directly or through what it uses."""
-    needed, grew = {entry_point}, True
-    while grew:
-        users = [node for node in tree.body if bound_by(node) & needed]
-        more = set().union(*(used_by(node) for node in users)) - needed
-        needed |= more
-        grew = bool(more)
-    return needed - {entry_point}
+    binders: defaultdict[str, list[Statement]] = defaultdict(list)
+    for statement in body:
+        for name in statement.binds:
+            binders[name].append(statement)
+    reached = _closure(entry_point, lambda name: (used for by in binders.get(name, ()) for used in by.uses))
+    return reached - {entry_point}
 
 
-def _reaching(tree: ast.Module, entry_point: str, needed: set[str]) -> set[str]:
+def _callers(body: list[Statement], entry_point: str, needed: set[str]) -> set[str]:
     """The entry point, and the functions that call it and are not needed by it: tests, demonstrations, `main`."""
-    tainted, grew = {entry_point}, bool(entry_point)
-    while grew:
-        users = (node for node in tree.body if isinstance(node, _DEFINITIONS) and used_by(node) & tainted)
-        more = set().union(*map(bound_by, users)) - tainted - needed
-        tainted |= more
-        grew = bool(more)
-    return tainted
+    users: defaultdict[str, set[str]] = defaultdict(set)
+    for statement in body:
+        if isinstance(statement.node, _DEFINITIONS):
+            for name in statement.uses:
+                users[name] |= statement.binds - needed
+    return _closure(entry_point, lambda name: users.get(name, ()))
 
 
-def _shows(node: ast.stmt, tainted: set[str], kept: set[str]) -> bool:
-    if isinstance(node, (*_DEFINITIONS, ast.Import, ast.ImportFrom)):
+def _closure(start: str, step: Callable[[str], Iterable[str]]) -> set[str]:
+    reached, pending = {start}, [start]
+    while pending:
+        new = set(step(pending.pop())) - reached
+        reached |= new
+        pending += new
+    return reached
+
+
+def _shows(statement: Statement, tainted: set[str], kept: set[str]) -> bool:
+    node = statement.node
+    if isinstance(node, (*_DEFINITIONS, *_IMPORTS)):
         return False
     is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     if isinstance(node, ast.Assert) or (is_bare(node) and not is_text):
         return True
-    used = used_by(node)
-    if isinstance(node, ast.If) and "__name__" in used:
+    if isinstance(node, ast.If) and "__name__" in statement.uses:
         return True
-    if bound_by(node) & kept:
+    if statement.binds & kept:
         return False
-    calls = isinstance(node, ast.Expr) or "input" in used
-    return bool(used & tainted) or (calls and bool(used & _SHOWING))
+    may_stop = isinstance(node, ast.Expr) or "input" in statement.uses
+    return bool(statement.uses & tainted) or (may_stop and bool(statement.uses & _SHOWING))
 
 
 def _without_lines(piece: Piece, dropped: list[ast.stmt]) -> str:
-    lines = piece.source.split("\n")
+    numbered = enumerate(piece.source.split("\n"), start=1)
+    out = set(map(id, dropped))
     gone = {line for node in dropped for line in _lines(node)}
-    kept = {line for node in piece.tree.body if node not in dropped for line in _lines(node)}
-    return "\n".join(text for number, text in enumerate(lines, start=1) if number not in gone - kept)
+    gone -= {line for node in piece.tree.body if id(node) not in out for line in _lines(node)}
+    return "\n".join(text for number, text in numbered if number not in gone)
 
 
 def _lines(node: ast.stmt) -> range:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from textwrap import indent
 from typing import Literal
 
-from rewards.program_names import bound_by, definition, has_own_return, is_real, unresolved, without_usage
+from rewards.program_names import bound_by, defines, has_own_return, is_real, unresolved, without_usage
 from rewards.program_text import Piece, Reader, answer_text, split_fences
 
 Mode = Literal["robust", "completion"]
@@ -85,7 +85,7 @@ def _defined(asked: _Prompt, first: list[Piece], others: list[Piece]) -> Iterato
             yield "\n\n".join([asked.preamble, *(without_usage(piece, "") for piece in found)])
         return
     for group in (first, others):
-        defining = [piece for piece in group if definition(piece.tree, name) is not None]
+        defining = [piece for piece in group if defines(piece.tree, name)]
         if defining:
             chosen = defining[-1]
             rest = [piece for piece in [*others, *first] if piece is not chosen]

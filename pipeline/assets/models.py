@@ -1,4 +1,4 @@
-"""The models of an experiment: `base_model`, `sft_model`, `grpo_checkpoint`, `ppo_checkpoint`."""
+"""The models of an experiment: `base_model`, `sft_model`, `grpo_checkpoint`, `ppo_checkpoint`, `rl_checkpoint`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,6 +21,7 @@ DESCRIPTIONS = {
     "sft": "The model after supervised fine-tuning on the dataset's targets.",
     "grpo": "The policy after group-relative policy optimisation.",
     "ppo": "The policy after proximal policy optimisation.",
+    "rl": "The policy after reinforcement learning by the algorithm of a plugin.",
 }
 
 

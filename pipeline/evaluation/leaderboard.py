@@ -4,19 +4,19 @@ import json
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
 from configs.atomic import write_json
 from configs.loader import describe
-from configs.schema import Strict
+from configs.schema import Stage, Strict
 from pipeline.evaluation.report import EvaluationReport
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-STAGES = ("base", "sft", "grpo", "ppo")
+STAGES: tuple[str, ...] = get_args(Stage)
 HEADER = ("rank", "experiment", "stage", "score", "95% interval", "n", "checkpoint")
 
 

@@ -95,6 +95,24 @@ def test_samples_say_how_far_sampler_and_trainer_are_apart():
     # A group without signal is not computed.
     assert differences[2:] == [None, None]
     assert [sample["policy_version"] for sample in trainer.kept] == [0] * 4
+    # In the next step the other group is without signal.
+    drawn.reverse()
+    played(trainer, 1)
+    assert [sample["logprob_difference"] is None for sample in trainer.kept[4:]] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(("cls", "config"), [(GRPOTrainer, grpo_config()), (PPOTrainer, ppo_config())])
+def test_an_update_runs_in_training_mode_and_everything_else_outside_it(cls, config):
+    trainer = make_trainer(cls, tiny_model(), config, groups())
+    trainer.policy.eval()
+    modes, loss = [], trainer.loss
+    trainer.loss = lambda model, batch: (modes.append(trainer.policy.training), loss(model, batch))[1]
+    minibatches, _ = trainer.collect(0)
+    assert not trainer.policy.training
+    for minibatch in minibatches:
+        trainer.update(minibatch)
+    assert modes == [True]
+    assert not trainer.policy.training
 
 
 def test_the_difference_is_that_of_the_policy_that_sampled_not_of_a_later_one():
@@ -181,6 +199,11 @@ def test_the_kl_is_measured_without_a_coefficient_and_weighs_with_one():
         (GRPOConfig, {"advantage": "leave_one_out", "scale_advantages": "group"}, "goes with none or batch"),
         (GRPOConfig, {"advantage": "opo", "scale_advantages": "none"}, "scale_advantages: has no effect"),
         (GRPOConfig, {"advantage": "opo", "reward_aggregation": "normalize_then_sum"}, "has its own baseline"),
+        (
+            GRPOConfig,
+            {"adapter": {"kind": "lora", "dropout": 0.1}},
+            "adapter.dropout: the policy that samples has none",
+        ),  # noqa: E501
         (PPOConfig, {"kl_target": 0.1}, "kl_target: a coefficient of 0 stays 0"),
         (PPOConfig, {"max_approx_kl": 0.1, "epochs": 1}, "max_approx_kl: has no effect with epochs: 1"),
         (PPOConfig, {"steps": 5, "critic": {"warmup_steps": 5}}, "critic.warmup_steps: 5 of 5 steps"),

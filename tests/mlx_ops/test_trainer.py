@@ -137,3 +137,16 @@ def test_schedules_warm_up_then_fall_to_their_floor(schedule, expected):
     rate = make_schedule(config, 1.0, updates=11)
     got = [float(rate(mx.array(step))) for step in (0, 1, 2, 3, 5, 11)]
     assert got == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_interrupt_that_waited_for_an_update_meets_a_reported_step():
+    """The shield lets go where `completed`, the weights and the report agree."""
+    trainer, reported, seen = toy(), [], []
+
+    @contextmanager
+    def shield():
+        yield
+        seen.append((trainer.completed, trainer.resting, len(reported)))
+
+    trainer.fit(2, report=lambda step, metrics: reported.append(step), save=lambda *_: None, shield=shield)
+    assert seen == [(1, True, 1), (2, True, 2)]

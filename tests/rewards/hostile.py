@@ -1,6 +1,7 @@
 """Runs hostile programs through a judge and reports what they got away with.
 
-`python -m tests.rewards.hostile [backend ...]` runs every snippet of `<repo>/../shared/vectors/hostile_snippets.json`.
+`python -m tests.rewards.hostile [backend ...]` runs every snippet of `<repo>/../shared/vectors/hostile_snippets.json`,
+with the limits that it recommends and a second's wait after each.
 """
 
 import ctypes
@@ -21,13 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rewards.sandbox import Judge, Limits, Verdict
+from rewards.sandbox import Judge, Verdict
 
-SHARED = Path(__file__).parents[2] / ".." / "shared"
-VECTORS = Path(os.environ.get("HOSTILE", SHARED / "vectors" / "hostile_snippets.json"))
+VECTORS = Path(__file__).parents[2] / ".." / "shared" / "vectors"
+SNIPPETS = VECTORS / "hostile_snippets.json"
 
 _SET_CHILD_SUBREAPER = 36
 _CANARY = "canary\n"
+_TEMP = Path(tempfile.gettempdir())
 
 
 @dataclass
@@ -66,8 +68,8 @@ class Scene:
             found.append("the canary file was changed")
         if sorted(path.name for path in self.outside.iterdir()) != ["canary.txt", "listener"]:
             found.append("new files in the outside folder")
-        places = {self.outside, Path.home(), *map(Path, ("/tmp", "/var/tmp", "/dev/shm", *sys.path))}
-        if any(self.mark in name for place in places if place.is_dir() for name in _names(place)):
+        places = {self.outside, Path.home(), _TEMP, *map(Path, ("/tmp", "/var/tmp", "/dev/shm", *sys.path))}
+        if any(self.mark in path.name for place in places if place.is_dir() for path in place.iterdir()):
             found.append("marker files on the host")
         if self.victim.poll() is not None:
             found.append("the victim process was ended")
@@ -78,12 +80,13 @@ class Scene:
 
 @contextmanager
 def scene() -> Iterator[Scene]:
-    """A canary, a secret, listeners, a victim; the secret is in this process's environment too, and in a descriptor."""
+    """A canary, a secret, listeners and a victim. This process holds the secret in its environment and a descriptor."""
     with ExitStack() as stack:
         outside = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="outside-")))
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="home-", dir=_home())))
+        home = Path.home() if os.access(Path.home(), os.W_OK) else _TEMP
+        private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="home-", dir=home)))
         secret, mark = secrets.token_hex(12), "mark" + secrets.token_hex(8)
-        secret_file = home / "id_ed25519"
+        secret_file = private / "id_ed25519"
         secret_file.write_text(secret)
         secret_file.chmod(0o600)
         leaked = os.open(secret_file, os.O_RDONLY)
@@ -94,51 +97,51 @@ def scene() -> Iterator[Scene]:
         canary.chmod(0o644)
         os.utime(canary, (1e9, 1e9))
         victim = subprocess.Popen(["sleep", "600"])
-        stack.callback(lambda: (victim.kill(), victim.wait()))
+        stack.callback(victim.wait)
+        stack.callback(victim.kill)
         for name in ("WANDB_API_KEY", "HF_TOKEN"):
+            before = os.environ.get(name)
             os.environ[name] = secret
-            stack.callback(os.environ.pop, name, None)
+            stack.callback(_restore, name, before)
         it = Scene(outside, secret_file, secret, mark, {}, victim)
         it.ports.update(_listen(outside / "listener", it.traffic, stack))
         yield it
 
 
-def _home() -> str:
-    home = str(Path.home())
-    return home if os.access(home, os.W_OK) else tempfile.gettempdir()
-
-
-def _names(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()]
+def _restore(name: str, value: str | None) -> None:
+    if value is None:
+        del os.environ[name]
+    else:
+        os.environ[name] = value
 
 
 def _listen(path: Path, traffic: list[str], stack: ExitStack) -> dict[str, Any]:
-    tcp, udp = socket.socket(), socket.socket(type=socket.SOCK_DGRAM)
-    unix = socket.socket(socket.AF_UNIX)
-    tcp.bind(("127.0.0.1", 0))
-    udp.bind(("127.0.0.1", 0))
-    unix.bind(str(path))
-    for kind, listener in (("tcp", tcp), ("unix", unix), ("udp", udp)):
+    tcp, udp, unix = socket.socket(), socket.socket(type=socket.SOCK_DGRAM), socket.socket(socket.AF_UNIX)
+    for listener, address in ((tcp, ("127.0.0.1", 0)), (udp, ("127.0.0.1", 0)), (unix, str(path))):
+        listener.bind(address)
         stack.callback(listener.close)
-        threading.Thread(target=_serve, args=(kind, listener, traffic), daemon=True).start()
+        if listener is not udp:
+            listener.listen()
+        # A thread in accept() outlives the socket's close.
+        listener.settimeout(0.2)
+        threading.Thread(target=_serve, args=(listener, traffic), daemon=True).start()
     return {"TCP_PORT": tcp.getsockname()[1], "UDP_PORT": udp.getsockname()[1], "UNIX_SOCKET": path}
 
 
-def _serve(kind: str, listener: socket.socket, traffic: list[str]) -> None:
-    try:
-        if kind != "udp":
-            listener.listen()
-        while True:
-            if kind == "udp":
+def _serve(listener: socket.socket, traffic: list[str]) -> None:
+    while listener.fileno() >= 0:
+        try:
+            if listener.type == socket.SOCK_DGRAM:
                 _, sender = listener.recvfrom(64)
                 listener.sendto(b"PONG", sender)
             else:
-                connection, _ = listener.accept()
-                connection.sendall(b"PONG")
-                connection.close()
-            traffic.append(kind)
-    except OSError:
-        return
+                with listener.accept()[0] as connection:
+                    connection.sendall(b"PONG")
+            traffic.append(str(listener.family))
+        except TimeoutError:
+            continue
+        except OSError:
+            return
 
 
 def adopt_orphans() -> None:
@@ -152,9 +155,11 @@ def survivors(known: set[int]) -> list[str]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
             except OSError:
                 continue
+            if state != "Z":
+                parents[int(entry.name)] = int(parent)
     mine, grew = {os.getpid()}, True
     while grew:
         more = {pid for pid, parent in parents.items() if parent in mine} - mine
@@ -171,7 +176,8 @@ def _command(pid: int) -> str:
 
 
 def work_dirs() -> set[str]:
-    return {name for name in _names(Path(tempfile.gettempdir())) if name.startswith("mlx-rl-")}
+    """Folders of judges that exist now."""
+    return {path.name for path in _TEMP.glob("mlx-rl-judge-*")}
 
 
 def memory() -> int:
@@ -179,9 +185,10 @@ def memory() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def problems(judge: Judge, entry: dict[str, Any], it: Scene, *, hostile: bool) -> tuple[Verdict, list[str]]:
+def problems(judge: Judge, entry: dict[str, Any], it: Scene) -> tuple[Verdict, list[str]]:
     """The verdict on one entry of the snippets' file, and what is wrong with it or after it."""
-    before, used, free = work_dirs(), memory(), shutil.disk_usage(tempfile.gettempdir()).free
+    hostile = entry["expected"]["verdict"] != "passed"
+    before, used, free = work_dirs(), memory(), shutil.disk_usage(_TEMP).free
     started = time.monotonic()
     verdict = judge.check(it.fill(entry["code"]), entry["test"], entry["entry_point"])
     seconds = time.monotonic() - started
@@ -192,7 +199,7 @@ def problems(judge: Judge, entry: dict[str, Any], it: Scene, *, hostile: bool) -
         found.append(f"took {seconds:.1f} s")
     if memory() - used > 100 << 20:
         found.append("the memory of the judging process grew")
-    if free - shutil.disk_usage(tempfile.gettempdir()).free > 64 << 20:
+    if free - shutil.disk_usage(_TEMP).free > 64 << 20:
         found.append("less disk space than before")
     if work_dirs() - before:
         found.append(f"folders left behind: {work_dirs() - before}")
@@ -200,18 +207,16 @@ def problems(judge: Judge, entry: dict[str, Any], it: Scene, *, hostile: bool) -
 
 
 def main() -> int:
-    """Every snippet and control, with the limits that the file recommends."""
-    data = json.loads(VECTORS.read_text(encoding="utf-8"))
+    """Every snippet and control, on each backend that was named."""
+    data = json.loads(SNIPPETS.read_text(encoding="utf-8"))
     adopt_orphans()
     bad: list[str] = []
     for name in sys.argv[1:] or ["bwrap", "landlock"]:
-        with scene() as it, Judge(Limits(), backend=name) as judge:
-            known = {it.victim.pid}
+        with scene() as it, Judge(backend=name) as judge:
             for entry in [*data["controls"], *data["snippets"], *data["controls"]]:
-                hostile = entry["expected"]["verdict"] != "passed"
-                verdict, found = problems(judge, entry, it, hostile=hostile)
-                time.sleep(float(os.environ.get("PAUSE", "1")))
-                found += [f"{entry['id']}: still alive: {line}" for line in survivors(known)]
+                verdict, found = problems(judge, entry, it)
+                time.sleep(1)
+                found += [f"{entry['id']}: still alive: {line}" for line in survivors({it.victim.pid})]
                 print(f"{name} {entry['id']}: {verdict.status} {verdict.seconds:.2f} s {verdict.detail[:90]}", *found)
                 bad += found
     print(f"{len(bad)} problems", *bad, sep="\n")
