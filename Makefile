@@ -3,7 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help quickstart dev test check bench clean
+.PHONY: help quickstart dev test check bench faults clean
 
 # One MLX backend, never two: on a Mac it is part of mlx; on Linux CUDA where a driver answers, else the CPU.
 ifeq ($(shell uname -s),Darwin)
@@ -42,6 +42,9 @@ check: $(DEV_STAMP) ## Lint and types
 
 bench: $(DEV_STAMP) ## The benchmarks, beside the peers that are installed
 	$(BIN)/python -m tests.benchmarks
+
+faults: $(DEV_STAMP) ## Kill 200 short trainings at random moments and compare what they end with
+	$(BIN)/python -m tests.faults.kills 200
 
 clean: ## Remove .venv and caches; artifacts and Dagster's history stay
 	rm -rf $(VENV) .ruff_cache .pytest_cache .hypothesis

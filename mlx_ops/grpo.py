@@ -45,8 +45,8 @@ class GRPOTrainer(PolicyTrainer[GRPOConfig]):
 
     def collect(self, step: int) -> tuple[Iterable[Sequence[PolicyBatch]], Metrics]:
         judged = self._draw_groups()
-        metrics = judged.metrics | rollout_metrics(judged.groups, self.task_reward)
-        advantages = self._advantages(judged.groups)
+        metrics = rollout_metrics(judged.groups, self.task_reward) | judged.metrics
+        advantages = self._kept(self._advantages(judged.groups), judged.signal)
         rows = self._rows(judged.groups, advantages)
         live = {index: group for index, group in enumerate(rows) if self._moves_without_signal or _moves(group)}
         flat, seconds = self.scored([row for group in live.values() for row in group], old=self._needs_old)
@@ -96,7 +96,8 @@ class GRPOTrainer(PolicyTrainer[GRPOConfig]):
 
     def _draw(self, prompts: int) -> tuple[list[Group], np.ndarray, Metrics]:
         groups, seconds = self.rollouts(prompts)
-        return groups, self._has_signal(groups), seconds
+        drawn = sum(len(rollout.completion.tokens) for group in groups for rollout in group)
+        return groups, self._has_signal(groups), seconds | {"tokens_generated": float(drawn)}
 
     def _has_signal(self, groups: Sequence[Group]) -> np.ndarray:
         size = self.config.group_size
@@ -129,6 +130,12 @@ class GRPOTrainer(PolicyTrainer[GRPOConfig]):
         else:
             flat = group_advantages(rewards, size, scale=config.scale_advantages)
         return [np.full(length, value) for value, length in zip(flat, lengths, strict=True)]
+
+    def _kept(self, advantages: list[np.ndarray], signal: np.ndarray) -> list[np.ndarray]:
+        """The advantages, 0 in groups that dynamic sampling wanted to replace and couldn't."""
+        if not self.config.dynamic_sampling:
+            return advantages
+        return [own * float(signal[place // self.config.group_size]) for place, own in enumerate(advantages)]
 
     def _rows(self, groups: Sequence[Group], advantages: Sequence[np.ndarray]) -> list[list[Row]]:
         flat = enumerate(advantages)

@@ -203,7 +203,7 @@ def test_the_kl_is_measured_without_a_coefficient_and_weighs_with_one():
             GRPOConfig,
             {"adapter": {"kind": "lora", "dropout": 0.1}},
             "adapter.dropout: the policy that samples has none",
-        ),  # noqa: E501
+        ),
         (PPOConfig, {"kl_target": 0.1}, "kl_target: a coefficient of 0 stays 0"),
         (PPOConfig, {"max_approx_kl": 0.1, "epochs": 1}, "max_approx_kl: has no effect with epochs: 1"),
         (PPOConfig, {"steps": 5, "critic": {"warmup_steps": 5}}, "critic.warmup_steps: 5 of 5 steps"),

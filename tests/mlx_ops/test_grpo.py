@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -8,6 +10,7 @@ from configs.schema import LoraAdapter
 from mlx_ops.grpo import GRPOTrainer
 from mlx_ops.model import add_adapter
 from mlx_ops.policy import Reference, make_row, score_rows, totals
+from rewards.composer import Score
 from tests.mlx_ops.bench import groups, grpo_config, rollout
 from tests.mlx_ops.tiny import leaves, tiny_model
 
@@ -134,8 +137,23 @@ def test_dynamic_sampling_replaces_groups_without_signal_up_to_the_cap():
     _, metrics = grpo.collect(0)
     assert metrics["groups_replaced"] == 1
     assert metrics["sampling_rounds"] == 3
+    # Two groups of two, then one at a time: the dead ones were drawn too.
+    assert metrics["tokens_generated"] == 8
     assert metrics["groups_without_signal"] == 0
     assert grpo.state()["position"] == 4
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_dynamic_sampling_judges_by_the_task_reward_and_learns_nothing_from_a_shaped_one_alone(kl_coef):
+    shaped = [rollout([5], 0.0), rollout([6], 0.0)]
+    shaped[0] = replace(shaped[0], score=Score(0.3, {"task": 0.0}))
+    config = grpo_config(prompts_per_step=2, group_size=2, dynamic_sampling=1, kl_coef=kl_coef)
+    grpo = trainer(tiny_model(sharpness=1.0), config, [shaped] * 4)
+    minibatches, metrics = grpo.collect(0)
+    batches = [batch for minibatch in minibatches for batch in minibatch]
+    assert metrics["groups_without_signal"] == 1
+    assert bool(batches) == (kl_coef > 0)
+    assert all(not np.array(batch.advantages).any() for batch in batches)
 
 
 def test_a_lora_reference_is_the_base_model_exactly():

@@ -269,22 +269,9 @@ def test_a_limit_that_limits_nothing_is_refused(value):
 @pytest.mark.parametrize(
     "value",
     [
-        *(
-            None,
-            True,
-            0,
-            -(2**53),
-            10**4000,
-            1.5,
-            -0.0,
-            float("inf"),
-            float("nan"),
-            "ü\ud800",
-            b"\xff",
-            bytearray(b"x"),
-        ),
+        *(None, True, 0, -(2**53), 10**4000, 1.5, -0.0, float("inf"), float("nan"), "ü\ud800", b"\xff"),
         *([1, [2]], (1, (2,)), {1, 2}, frozenset("a"), {(1, 2): [3]}, {1: 2, "1": 3}, 1 + 2j, range(1, 9, 2)),
-        *(int, type(None)),
+        *(bytearray(b"x"), int, type(None)),
     ],
     ids=lambda value: type(value).__name__,
 )
