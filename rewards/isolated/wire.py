@@ -146,7 +146,8 @@ def _decode_tagged(tag: str, body: Any, depth: int) -> Any:
         case "b" | "y":
             return {"b": bytes, "y": bytearray}[tag].fromhex(body)
         case "c":
-            return complex(*(float(decode(part)) for part in _list(body)))
+            real, imaginary = (float(decode(part)) for part in _list(body))
+            return complex(real, imaginary)
         case "r":
             return range(*(decode(part) for part in _list(body)))
         case "T":
