@@ -3,7 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help quickstart dev test check bench faults clean
+.PHONY: help quickstart dev test check bench learn faults hostile clean
 
 # One MLX backend, never two: on a Mac it is part of mlx; on Linux CUDA where a driver answers, else the CPU.
 ifeq ($(shell uname -s),Darwin)
@@ -23,7 +23,7 @@ RUN_STAMP := $(VENV)/.installed-$(NAME)
 DEV_STAMP := $(RUN_STAMP)-dev
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: $(RUN_STAMP) ## From data to an evaluated GRPO model, in minutes
 	PYTHONWARNINGS="ignore:Function" $(BIN)/dagster job execute -m pipeline.definitions -j quickstart -c configs/runs/quiet.yaml
@@ -43,8 +43,26 @@ check: $(DEV_STAMP) ## Lint and types
 bench: $(DEV_STAMP) ## The benchmarks, beside the peers that are installed
 	$(BIN)/python -m tests.benchmarks
 
-faults: $(DEV_STAMP) ## Kill 200 short trainings at random moments and compare what they end with
+learn: $(DEV_STAMP) ## Train every algorithm from one start: table, curves, claims (half an hour on two cores)
+	$(BIN)/python -m tests.learning
+
+faults: $(DEV_STAMP) ## Kill 200 short trainings, flip 200 bytes, fill 50 disks (as root), take 2,000 steps
 	$(BIN)/python -m tests.faults.kills 200
+	$(BIN)/python -m tests.faults.flips 200
+	@if [ "$$(id -u)" = 0 ]; then $(BIN)/python -m tests.faults.disk 50; else echo "full disks: left out, only root may mount one"; fi
+	$(BIN)/python -m tests.faults.long 2000
+
+audit: $(DEV_STAMP) ## Known vulnerabilities of what is installed
+	@$(BIN)/pip-audit --version >/dev/null 2>\&1 || if command -v uv >/dev/null 2>\&1; then uv pip install --quiet --python $(BIN)/python pip-audit; else $(BIN)/python -m pip install --quiet pip-audit; fi
+	$(BIN)/pip-audit --skip-editable --progress-spinner off
+	$(BIN)/pytest -s -m slow tests/faults/test_dagster.py
+
+hostile: $(DEV_STAMP) ## Hostile programs against every sandbox that works here, as root and as a user
+	$(BIN)/python -m tests.rewards.hostile --own $(SNIPPETS)
+
+ui-tour: $(DEV_STAMP) ## Look at Dagster's UI in Chromium, act in it, keep screenshots in docs/images
+	@$(BIN)/python -c "import playwright" 2>/dev/null || $(BIN)/python -m pip install --quiet playwright
+	$(BIN)/python -m tests.ui.tour docs/images
 
 clean: ## Remove .venv and caches; artifacts and Dagster's history stay
 	rm -rf $(VENV) .ruff_cache .pytest_cache .hypothesis

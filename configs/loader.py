@@ -46,7 +46,10 @@ def _read_extended(path: Path, children: tuple[str, ...]) -> dict[str, Any]:
     chain = (*children, path.name)
     if parent in chain:
         raise ValueError(f"{path}: extends: {' extends '.join((*chain, parent))}, which never ends")
-    base = _read_extended(path.with_name(parent), chain)
+    try:
+        base = _read_extended(path.with_name(parent), chain)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: extends: {error}") from error
     base.pop("name", None)
     return merge(base, data)
 

@@ -18,8 +18,10 @@ from pydantic import BaseModel
 
 from configs.registry import Registry
 from configs.schema import PluginPolicyConfig, PolicyConfig
-from mlx_ops.batching import Tree
-from mlx_ops.policy import PolicyBatch, Reference, Row, StepTotals, microbatches, score_rows
+from mlx_ops.batching import TokenRows, Tree
+from mlx_ops.distributed import ALONE, Ranks
+from mlx_ops.forward import score
+from mlx_ops.policy import PolicyBatch, Reference, Row, StepTotals, evaluate_rows, microbatches
 from mlx_ops.policy_loss import ROW_GAP
 from mlx_ops.rollout import Group
 from mlx_ops.trainer import BaseTrainer, Limits, Metrics
@@ -51,10 +53,11 @@ class PolicyTrainer(BaseTrainer[PolicyBatch], Generic[Config]):
         token_budget: int,
         seed: int,
         keep: KeepSamples,
+        ranks: Ranks = ALONE,
     ) -> None:
         """`draw` gives judged groups, `weights` are those of the rewards, `keep` receives each step's samples."""
         limits = Limits(config.optimizer.max_grad_norm, config.max_nonfinite_steps)
-        super().__init__(model, optimizer, seed=seed, limits=limits)
+        super().__init__(model, optimizer, seed=seed, limits=limits, ranks=ranks)
         self.policy, self.config = model, config
         self.draw, self.weights, self.token_budget, self.keep = draw, weights, token_budget, keep
         self.options: Any = self.Options.model_validate(options_of(config))
@@ -104,13 +107,23 @@ class PolicyTrainer(BaseTrainer[PolicyBatch], Generic[Config]):
         return kept, {"seconds/old_logprobs": between - started, "seconds/ref_logprobs": done - between}
 
     def _score(self, rows: Sequence[Row]) -> list[Any]:
-        temperature = self.config.sampling.temperature
-        return score_rows(self.policy, rows, temperature=temperature, token_budget=self.token_budget)
+        def logprobs(batch: TokenRows) -> mx.array:
+            return score(self.policy, batch, temperature=self.config.sampling.temperature)[0]
+
+        return self.evaluated(rows, logprobs)
+
+    def evaluated(self, rows: Sequence[Row], function: Callable[[TokenRows], mx.array]) -> list[np.ndarray]:
+        """`evaluate_rows` of all rows, each rank computing its share."""
+        found = evaluate_rows(function, self._share(rows), self.token_budget)
+        return [np.asarray(values, dtype=np.float32) for values in self.ranks.gather(found)]
+
+    def _share(self, rows: Sequence[Row]) -> Sequence[Row]:
+        return self.ranks.share(rows, [len(row.tokens) for row in rows])
 
     def minibatch(self, rows: Sequence[Row], totals: StepTotals) -> list[PolicyBatch]:
-        """The rows of one optimizer step as microbatches; `totals` are its denominators."""
+        """This rank's share of the rows of one optimizer step as microbatches; `totals` are the step's denominators."""
         return microbatches(
-            rows,
+            self._share(rows),
             totals,
             aggregation=self.config.aggregation,
             max_tokens=self.config.sampling.max_tokens,
@@ -127,7 +140,8 @@ class PolicyTrainer(BaseTrainer[PolicyBatch], Generic[Config]):
             self.model.train()
             yield minibatch
             self.model.eval()
-        self.keep([{**row, "logprob_difference": self.gaps.get(place)} for place, row in enumerate(samples)])
+        gaps = dict(self.ranks.gather(list(self.gaps.items())))
+        self.keep([{**row, "logprob_difference": gaps.get(place)} for place, row in enumerate(samples)])
         every = self.config.ref_refresh_every
         if self.reference is not None and every is not None and (step + 1) % every == 0:
             self.reference.refresh(self.policy)

@@ -12,7 +12,9 @@ import shutil
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -72,25 +74,51 @@ def preload_blas() -> str | None:
     return library
 
 
-@cache
-def prepare(device: DeviceChoice = "auto") -> Backend:
-    """Choose the device, set MLX's limits for it, and say what was found. Idempotent.
+_THREADS = (("openblas_get_num_threads", "openblas_set_num_threads"), ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"))
+_prepared: list[Backend] = []
+"""The latest."""
+
+
+def prepare(device: DeviceChoice | None = None, memory_limit_gb: float | None = None) -> Backend:
+    """Choose the device, set MLX's limits for it, and say what was found. Without arguments: the latest, else `auto`.
 
     `ValueError` where a GPU is asked for and there is none. Warns, with the fix, where matmul is slow.
     """
+    if device is None and memory_limit_gb is None and _prepared:
+        return _prepared[0]
+    found = _find(device or "auto")
+    if memory_limit_gb is not None:
+        found = replace(found, memory_bytes=min(found.memory_bytes, int(memory_limit_gb * 1e9)))
+    _set_limits(found)
+    _prepared[:] = [found]
+    return found
+
+
+def _set_limits(found: Backend) -> None:
+    """What MLX keeps of freed memory, and on a Mac what stays resident: without that, macOS pages weights out."""
+    import mlx.core as mx
+
+    mx.set_default_device(mx.gpu if found.is_gpu else mx.cpu)
+    mx.set_memory_limit(found.memory_bytes)
+    mx.set_cache_limit(found.memory_bytes // 4 if found.is_gpu else min(CPU_CACHE_BYTES, found.memory_bytes // 4))
+    if found.kind == "metal":
+        mx.set_wired_limit(found.memory_bytes)
+
+
+@cache
+def _find(device: DeviceChoice) -> Backend:
     library = preload_blas()
+    # A decode step is bound by the host, and plain launches cost it less than CUDA graphs; read at the first kernel.
+    os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
     import mlx.core as mx
 
     kind = _choose(device)
     if kind == "cpu":
         mx.set_default_device(mx.cpu)
-        mx.set_cache_limit(min(CPU_CACHE_BYTES, _ram_bytes() // 4))
         return _cpu(library)
     mx.set_default_device(mx.gpu)
     information = mx.device_info()
     memory = _gpu_memory(information)
-    if kind == "metal":
-        mx.set_wired_limit(memory)
     return Backend(kind, str(information.get("device_name", kind)), "device", 0.0, True, "bfloat16", memory)
 
 
@@ -140,7 +168,13 @@ def _gpu_memory(information: Any) -> int:
 
 
 def _ram_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """The machine's memory, or less where a container may use less."""
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        allowed = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
+    except OSError:
+        return installed
+    return min(installed, int(allowed)) if allowed.isdigit() else installed
 
 
 def _mapped_blas() -> str | None:
@@ -167,10 +201,26 @@ def _find_blas() -> str | None:
 
 def _limit_threads(library: ctypes.CDLL) -> None:
     """No more threads than this process may use; never more than OPENBLAS_NUM_THREADS or MKL_NUM_THREADS say."""
-    names = (("openblas_get_num_threads", "openblas_set_num_threads"), ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"))
-    for get, put in names:
+    for get, put in _THREADS:
         if hasattr(library, get) and getattr(library, get)() > _usable_cores():
             getattr(library, put)(_usable_cores())
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Matrix products of the block on one core: narrow ones gain nothing from a second, and stall where it is taken."""
+    path = preload_blas()
+    names = [pair for pair in _THREADS if path and hasattr(ctypes.CDLL(path), pair[0])]
+    if not path or not names:
+        yield
+        return
+    library, (get, put) = ctypes.CDLL(path), names[0]
+    before = getattr(library, get)()
+    getattr(library, put)(1)
+    try:
+        yield
+    finally:
+        getattr(library, put)(before)
 
 
 def _usable_cores() -> int:

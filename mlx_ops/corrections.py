@@ -40,9 +40,10 @@ def sampler_correction(
 def off_policy_mask(
     logprobs: mx.array, sampler_logprobs: mx.array, advantages: mx.array, completion_mask: mx.array, *, threshold: float
 ) -> mx.array:
-    """(B, 1), 0 for rows with A < 0 whose mean of sampler - policy exceeds the threshold (DeepSeek-V3.2)."""
+    """(B, 1), 0 for rows with a mean A < 0 whose mean of sampler - policy exceeds the threshold (DeepSeek-V3.2)."""
     drift = row_mean(mx.stop_gradient(sampler_logprobs - logprobs), completion_mask)
-    dropped = (advantages[:, :1] < 0) & (drift > threshold)
+    mean = row_mean(mx.broadcast_to(advantages, logprobs.shape), completion_mask)
+    dropped = (mean < 0) & (drift > threshold)
     return 1 - float_mask(dropped)
 
 

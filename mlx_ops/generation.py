@@ -3,15 +3,17 @@ admitted."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from configs.schema import SamplingConfig
-from mlx_ops.backend import prepare
+from mlx_ops.backend import one_blas_thread, prepare
 from mlx_ops.batching import Completion
 from mlx_ops.holding import Held, Kind, choose, hold
 from mlx_ops.row_cache import refusal, takes_row_masks, token_bytes
@@ -21,6 +23,8 @@ CHECK_EVERY = 8
 """Decode steps between two looks at what was drawn; a row's overrun is trimmed, so results don't depend on it."""
 ADMISSION = 0.25
 """Share of the width that must be free before waiting rows are admitted: each admission copies the caches."""
+NARROW = 50_000_000
+"""A step of a model of fewer parameters has no matrix product that two cores would do sooner than one."""
 MEMORY_SHARE = 0.5
 """Share of the device's memory that keys and values may fill."""
 
@@ -65,6 +69,7 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     ended: bool = False
+    done: bool = False
 
 
 def generate(  # noqa: PLR0913 (the engine's whole surface)
@@ -97,9 +102,15 @@ def generate(  # noqa: PLR0913 (the engine's whole surface)
     engine = _Engine(model, prompts, make_sampler(sampling), sampling.max_tokens, eos, stop, progress, kind)
     # Without masks for each row, rows beside each other must have one length: those of one prompt, begun together.
     together = [rows] if takes_row_masks(model) or kind == "library" else _slices(rows, group_size, width)
-    for part in together:
-        engine.run(deque(part), min(width, len(part)))
+    with one_blas_thread() if _is_narrow(model) else nullcontext():
+        for part in together:
+            engine.run(deque(part), min(width, len(part)))
     return [Completion(tuple(row.tokens), tuple(row.logprobs), not row.ended) for row in rows]
+
+
+def _is_narrow(model: nn.Module) -> bool:
+    leaves: Any = tree_flatten(model.parameters())
+    return sum(array.size for _, array in leaves) < NARROW
 
 
 def _slices(rows: list[_Row], group_size: int, width: int) -> list[list[_Row]]:
@@ -153,10 +164,10 @@ class _Engine:
                 tokens = mx.concatenate([tokens, mx.array([self.prompts[row.prompt][-1] for row in new])])
                 active += new
             assert held is not None
-            tokens, block, logprobs = self._decode(held.caches, tokens, active)
-            alive = [slot for slot, row in enumerate(active) if self._extend(row, block[:, slot], logprobs[:, slot])]
-            self._report(len(active) - len(alive))
-            if len(alive) < len(active):
+            tokens = self._decode(held, tokens, active)
+            alive = [slot for slot, row in enumerate(active) if not row.done]
+            room = bool(waiting) and len(alive) <= (1 - ADMISSION) * width
+            if len(alive) < len(active) and (room or len(alive) <= (1 - held.slack) * len(active)):
                 active, tokens = [active[slot] for slot in alive], tokens[mx.array(alive, dtype=mx.int32)]
                 if active:
                     held.keep(alive, self._left(active))
@@ -172,36 +183,44 @@ class _Engine:
         return held
 
     def _left(self, rows: Sequence[_Row]) -> int:
-        return self.max_tokens - min(len(row.tokens) for row in rows)
+        return self.max_tokens - min(len(row.tokens) for row in rows if not row.done)
 
-    def _decode(self, caches: list[Any], tokens: mx.array, rows: list[_Row]) -> tuple[mx.array, np.ndarray, np.ndarray]:
-        """Some steps of every row: the last tokens, then all tokens and log-probabilities (steps, B) on the host."""
+    def _draw(self, tokens: mx.array, u: mx.array, caches: list[Any]) -> tuple[mx.array, mx.array]:
+        return self.sampler(self.model(tokens[:, None], cache=caches)[:, -1], u)
+
+    def _decode(self, held: Held, tokens: mx.array, rows: list[_Row]) -> mx.array:
+        """Extend every row by some steps; the last tokens."""
         count = min(CHECK_EVERY, self._left(rows))
         draws = mx.array(uniforms([row.seed for row in rows], [len(row.tokens) for row in rows], count))
         block, logprobs = [], []
         for t in range(count):
-            logits = self.model(tokens[:, None], cache=caches)[:, -1]
-            tokens, logprob = self.sampler(logits, draws[t])
+            tokens, logprob = held.step(self._draw, tokens, draws[t])
             mx.async_eval(tokens, logprob)
             block.append(tokens)
             logprobs.append(logprob)
-        return tokens, np.array(mx.stack(block)), np.array(mx.stack(logprobs))
+        drawn, scores = (np.array(mx.stack(steps)).T for steps in (block, logprobs))  # (B, steps)
+        ends = np.isin(drawn, list(self.eos))
+        kept = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, count)
+        live = [row for row in rows if not row.done]
+        for row, *columns, end in zip(rows, drawn.tolist(), scores.tolist(), kept.tolist(), strict=True):
+            if not row.done:
+                self._extend(row, *(column[:end] for column in columns))
+        self._report(sum(row.done for row in live))
+        return tokens
 
-    def _extend(self, row: _Row, tokens: np.ndarray, logprobs: np.ndarray) -> bool:
-        """Add the tokens up to the row's end; whether it goes on."""
+    def _extend(self, row: _Row, tokens: list[int], logprobs: list[float]) -> None:
+        """Add tokens up to the row's end; of them only the last may be an end token."""
         seen = len(row.tokens)
-        drawn = tokens[: self.max_tokens - seen].tolist()
-        end = next((place + 1 for place, token in enumerate(drawn) if token in self.eos), None)
-        row.tokens += drawn[:end]
-        row.ended = end is not None
+        row.tokens += tokens[: self.max_tokens - seen]
+        row.ended = row.tokens[-1] in self.eos
         if self.stop is not None:
             kept = self.stop(row.place, row.tokens, seen)
             if kept is not None:
                 del row.tokens[kept:]
                 row.ended = True
-        row.logprobs += logprobs[: len(row.tokens) - seen].tolist()
+        row.logprobs += logprobs[: len(row.tokens) - seen]
         self.drawn += len(row.tokens) - seen
-        return not row.ended and len(row.tokens) < self.max_tokens
+        row.done = row.ended or len(row.tokens) == self.max_tokens
 
     def _report(self, finished: int) -> None:
         self.finished += finished

@@ -13,12 +13,15 @@ import numpy as np
 
 from configs.schema import GRPOConfig
 from mlx_ops.advantages import (
+    as_column,
     constant_groups,
     group_advantages,
     leave_one_out_advantages,
     length_weighted_advantages,
     multi_reward_advantages,
+    reinforce_plus_plus,
     reinforce_plus_plus_baseline,
+    token_rewards,
 )
 from mlx_ops.algorithm import AlgorithmRegistry, PolicyTrainer
 from mlx_ops.batching import Rollout, pad_floats
@@ -123,9 +126,8 @@ class GRPOTrainer(PolicyTrainer[GRPOConfig]):
             )
         elif config.advantage == "opo":
             flat = length_weighted_advantages(rewards, lengths, size)
-        elif config.advantage == "reinforce_plus_plus_baseline":
-            mask = pad_floats([[1.0] * length for length in lengths], max(lengths))
-            whitened = np.array(reinforce_plus_plus_baseline(rewards, mask, size))
+        elif config.advantage in ("reinforce_plus_plus", "reinforce_plus_plus_baseline"):
+            whitened = whitened_over_tokens(rewards, lengths, size, baseline=config.advantage.endswith("_baseline"))
             return [row[:length] for row, length in zip(whitened, lengths, strict=True)]
         else:
             flat = group_advantages(rewards, size, scale=config.scale_advantages)
@@ -168,12 +170,23 @@ def grpo_surrogate(
     if config.loss == "clip":
         return clip_surrogate(logprobs, old, batch, config, config.ratio_level)
     arrays = (logprobs, old, batch.advantages, batch.completion_mask, batch.weights)
-    weights = correction(old, batch, config)
+    weights = correction(logprobs, old, batch, config)
     if config.loss == "cispo":
         return cispo_policy_loss(*arrays, ratio_bounds=(0.0, 1 + clip_bounds(config)[1]), correction=weights)
     if config.loss == "sapo":
         return sapo_policy_loss(*arrays, correction=weights)
     return plain_policy_loss(*arrays, correction=weights)
+
+
+def whitened_over_tokens(rewards: np.ndarray, lengths: Sequence[int], size: int, *, baseline: bool) -> np.ndarray:
+    """REINFORCE++'s advantages (B, T), with or without its group baseline; 0 without a score, and if all are equal."""
+    scored = ~np.isnan(rewards)
+    if constant_groups(rewards, len(rewards)).all():
+        return np.zeros((len(rewards), max(lengths)))
+    mask = pad_floats([[float(known)] * length for known, length in zip(scored, lengths, strict=True)], max(lengths))
+    if baseline:
+        return np.array(reinforce_plus_plus_baseline(rewards, mask, size))
+    return np.array(reinforce_plus_plus(token_rewards(as_column(np.where(scored, rewards, 0.0)), mask), mask)[0])
 
 
 def _moves(group: Sequence[Row]) -> bool:

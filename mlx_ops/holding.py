@@ -1,42 +1,65 @@
 """How the rollout engine holds keys and values: which caches serve a model, made by one prefill a prompt."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_ops.backend import prepare
+from mlx_ops.fused_decode import Draw, compiled_step, serves
 from mlx_ops.paged_cache import paged_cache
-from mlx_ops.row_cache import GROWTH, RowCache, refusal, takes_row_masks
+from mlx_ops.row_cache import GROWTH, RowCache, head_shapes, placed, refusal, takes_row_masks
 from mlx_ops.shared_prompt import GroupLayout, SharedPromptCache, route_attention
 
-Kind = Literal["shared", "rows", "paged", "paged8", "library"]
+Kind = Literal["shared", "rows", "paged", "paged8", "library", "fused"]
 PREFILL_COLUMNS = 512
 """Columns of a prompt that run at once."""
+PROMPT_BUCKET = 64
+"""Fused buffers of prompts are padded to multiples of this, so that a compiled step meets few shapes."""
 
 
-class Held(Protocol):
+class Held(ABC):
     """The caches of rows in the making, one a layer."""
 
+    slack: ClassVar[float] = 0.0
+    """Share of rows that may have ended before `keep` is worth its cost."""
     caches: list[Any]
 
+    def step(self, draw: Draw, tokens: mx.array, u: mx.array) -> tuple[mx.array, mx.array]:
+        """Append these tokens; the next ones and their log-probabilities."""
+        return draw(tokens, u, self.caches)
+
+    @abstractmethod
     def keep(self, alive: Sequence[int], left: int) -> None:
         """Only these rows (slots, in order), with room for `left` more tokens."""
-        ...
 
+    @abstractmethod
     def join(self, prompts: Sequence[Sequence[int]], index: Sequence[int], left: int) -> None:
         """More rows behind these, continuing new prompts."""
-        ...
 
 
 def choose(model: Any) -> Kind:
     """The kind that serves the model best on the default device."""
     if refusal(model) is not None:
         return "library"
+    if fused_refusal(model) is None:
+        return "fused"
     # A GPU's fused attention beats the split one's many small kernels.
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     return "shared" if on_cpu and route_attention(model) and takes_row_masks(model) else "rows"
+
+
+def fused_refusal(model: Any) -> str | None:
+    """Why the kernel can't serve a model that has no other `refusal`, or None where it can."""
+    if prepare().kind != "cuda":
+        return "the kernel is CUDA's, and this is another device"
+    if not (route_attention(model) and takes_row_masks(model)):
+        return f"{type(model).__module__} computes its own attention"
+    odd = sorted({str(key) for key, value in head_shapes(model) if key != value or not serves(key[1], key[2])})
+    return f"{type(model).__module__} has heads of {', '.join(odd)}" if odd else None
 
 
 def hold(kind: Kind, model: Any, prompts: Sequence[Sequence[int]], index: Sequence[int], left: int) -> Held:
@@ -48,6 +71,11 @@ def hold(kind: Kind, model: Any, prompts: Sequence[Sequence[int]], index: Sequen
         raise ValueError(f"cache {kind!r}: {reason}; use 'library'")
     if kind in ("paged", "paged8"):
         return PagedRows(model, prompts, index, bits=8 if kind == "paged8" else None)
+    if kind == "fused":
+        reason = fused_refusal(model)
+        if reason is not None:
+            raise ValueError(f"cache 'fused': {reason}; use 'rows'")
+        return FusedRows(model, prompts, index, left)
     if kind == "shared" and not route_attention(model):
         raise ValueError(f"cache 'shared': {type(model).__module__} computes its own attention; use 'rows' or 'paged'")
     return (SharedPrompts if kind == "shared" else ExpandedRows)(model, prompts, index, left)
@@ -67,7 +95,7 @@ def prefill(model: Any, prompts: Sequence[Sequence[int]]) -> list[RowCache]:
     return caches
 
 
-class SharedPrompts:
+class SharedPrompts(Held):
     """Each prompt once, and the rows' own columns: least memory, and fastest on a CPU."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], index: Sequence[int], left: int) -> None:
@@ -106,7 +134,7 @@ class SharedPrompts:
             cache.layout = layout
 
 
-class ExpandedRows:
+class ExpandedRows(Held):
     """Each row's prompt and own columns side by side, for the fused attention of a GPU."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], index: Sequence[int], left: int) -> None:
@@ -126,7 +154,66 @@ class ExpandedRows:
             cache.join(other, left)
 
 
-class PagedRows:
+class FusedRows(Held):
+    """Each prompt once, and for each row buffers of all that it may draw, for CUDA's kernel and compiled step."""
+
+    slack = 0.5
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], index: Sequence[int], left: int) -> None:
+        self._model, self._index = model, list(index)
+        held = prefill(model, prompts)
+        columns = -(-max(held[0].index, 1) // PROMPT_BUCKET) * PROMPT_BUCKET
+        self._spans = [(padding, held[0].index) for padding in held[0].padding]
+        self._step: Any = None
+        self._written = mx.zeros((len(index),), mx.int32)
+        self._layers: list[list[mx.array]] = []
+        for prompt, shapes in zip(held, head_shapes(model), strict=True):
+            own = [mx.zeros((len(index), heads, left, size), dtype) for heads, size, dtype in shapes]
+            none = [mx.zeros((len(prompts), heads, columns, size), dtype) for heads, size, dtype in shapes]
+            shared = [placed(array, array, 0, prompt.index, columns) for array in prompt.state]
+            self._layers.append([*(shared or none), *own])
+        self._lay_out()
+
+    def step(self, draw: Draw, tokens: mx.array, u: mx.array) -> tuple[mx.array, mx.array]:
+        self._step = self._step or compiled_step(draw)
+        tokens, logprobs, self._written = self._step(tokens, u, [*self._where, self._written], self._layers)
+        return tokens, logprobs
+
+    def keep(self, alive: Sequence[int], left: int) -> None:
+        del left
+        index = [self._index[slot] for slot in alive]
+        used = sorted(set(index))
+        rows, prompts = mx.array(list(alive)), mx.array(used)
+        kept = [prompts, prompts, rows, rows]
+        self._layers = [[mx.take(a, i, axis=0) for a, i in zip(layer, kept, strict=True)] for layer in self._layers]
+        self._written = self._written[rows]
+        self._index = [used.index(prompt) for prompt in index]
+        self._spans = [self._spans[prompt] for prompt in used]
+        self._lay_out()
+
+    def join(self, prompts: Sequence[Sequence[int]], index: Sequence[int], left: int) -> None:
+        more = FusedRows(self._model, prompts, index, left)
+        layers = zip(self._layers, more._layers, strict=True)
+        self._layers = [[_stacked(a, b) for a, b in zip(*both, strict=True)] for both in layers]
+        self._written = mx.concatenate([self._written, more._written])
+        self._index += [len(self._spans) + prompt for prompt in index]
+        self._spans += more._spans
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        first, last = zip(*(self._spans[prompt] for prompt in self._index), strict=True)
+        self._where = [mx.array(numbers, mx.int32) for numbers in (self._index, first, last)]
+        # The kernel writes into the rows' buffers, so each must be whole, and nobody else's.
+        mx.eval(self._layers, self._written)
+
+
+def _stacked(first: mx.array, second: mx.array) -> mx.array:
+    """(B, H, C, D) on (B', H, C', D), padded on the right to the longer columns."""
+    columns = max(first.shape[2], second.shape[2])
+    return mx.concatenate([placed(array, array, 0, array.shape[2], columns) for array in (first, second)])
+
+
+class PagedRows(Held):
     """Pages: rows share their prompt's full blocks, and hold no column that they have not drawn."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], index: Sequence[int], *, bits: int | None) -> None:
@@ -161,7 +248,7 @@ class PagedRows:
             cache.written += [length] * rows
 
 
-class LibraryRows:
+class LibraryRows(Held):
     """mlx-lm's own batched caches, for models with windows or recurrent state; every prompt runs alone."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], index: Sequence[int]) -> None:

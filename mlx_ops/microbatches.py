@@ -1,9 +1,11 @@
-"""Which rows run together: microbatches under a budget of padded tokens, and the budget that a memory allows."""
+"""Which rows run together: microbatches under a budget of padded tokens, and what a token of one costs."""
 
 from collections.abc import Sequence
 
 BUCKET = 32
 """Completions are padded to multiples of this, so that a compiled step meets few shapes."""
+MICROBATCH_SHARE = 0.5
+"""Share of the device's memory that a microbatch may fill, where nothing else needs it."""
 
 
 def bucketed(length: int, bucket: int = BUCKET) -> int:
@@ -63,13 +65,11 @@ def _cut(
     return [sorted(part, key=lambda row: (prompt_index[row], row)) for part in parts]
 
 
-def suggest_token_budget(
-    memory_bytes: int, *, vocabulary: int, hidden: int, layers: int, element_bytes: int = 4, share: float = 0.5
-) -> int:
-    """Padded tokens of a microbatch that fit into `share` of the memory that is free for activations.
+def microbatch_token_bytes(*, vocabulary: int, hidden: int, layers: int, checkpointed: bool, element: int = 4) -> int:
+    """What the backward pass holds for a padded token.
 
-    A token's backward pass holds three float32 rows of the vocabulary (logits, their exponentials, their gradient)
-    and some 34 vectors of the hidden size in every layer.
+    Three float32 rows of the vocabulary (logits, their exponentials, their gradient), and some 34 vectors of the hidden
+    size in every layer: with gradient checkpointing in one layer at a time, and one vector in each of the others.
     """
-    token_bytes = 3 * 4 * vocabulary + 34 * element_bytes * hidden * layers
-    return max(BUCKET, int(share * memory_bytes / token_bytes))
+    vectors = 34 + layers if checkpointed else 34 * layers
+    return 3 * 4 * vocabulary + vectors * element * hidden

@@ -60,7 +60,9 @@ def load_policy(directory: Path, dtype: mx.Dtype | None = None) -> Policy:
     if dtype is not None:
         model.set_dtype(dtype)
     mx.eval(model.parameters())
-    return Policy(model, load_tokenizer(directory, eos_token_ids=_ids(config.get("eos_token_id"))), directory)
+    # Said, so that transformers doesn't ask the terminal whether it may run a folder's code.
+    never = {"trust_remote_code": False}
+    return Policy(model, load_tokenizer(directory, never, eos_token_ids=_ids(config.get("eos_token_id"))), directory)
 
 
 def _ids(value: int | list[int] | None) -> list[int] | None:
@@ -124,7 +126,7 @@ def _scratch_settings(config: ScratchModel, tokenizer: Any) -> dict[str, Any]:
         "rope_theta": 10000.0,
         "tie_word_embeddings": True,
         "head_dim": config.hidden_size // config.num_attention_heads,
-        "hidden_act": "silu",
+        "hidden_act": "gelu" if config.architecture == "gemma" else "silu",
         "torch_dtype": "float32",
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,

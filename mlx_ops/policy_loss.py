@@ -8,7 +8,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from configs.schema import PolicyConfig
-from mlx_ops.corrections import sampler_correction, sampler_metrics
+from mlx_ops.corrections import off_policy_mask, sampler_correction, sampler_metrics
 from mlx_ops.logprobs import entropy, kl_estimate, kl_penalty, masked, masked_mean, token_logprobs
 from mlx_ops.losses import RatioLevel, clipped_policy_loss, weighted_sum
 from mlx_ops.policy import PolicyBatch
@@ -64,19 +64,19 @@ def _kl_metrics(logprobs: mx.array, ref_logprobs: mx.array, penalty: mx.array, m
     return {name: mx.stop_gradient(masked_mean(value, mask)) for name, value in (estimates | {"kl": penalty}).items()}
 
 
-def correction(old: mx.array, batch: PolicyBatch, config: PolicyConfig) -> mx.array | None:
-    """The configured weights (B, T) for what the sampler drew from another distribution than the trainer's."""
-    wanted = config.importance_correction
-    if wanted is None:
-        return None
-    return sampler_correction(
-        old,
-        batch.sampler_logprobs,
-        batch.completion_mask,
-        level=wanted.level,
-        mode=wanted.mode,
-        bounds=(wanted.low, wanted.high),
-    )
+def correction(logprobs: mx.array, old: mx.array, batch: PolicyBatch, config: PolicyConfig) -> mx.array | None:
+    """The configured weights (B, T) or (B, 1) for what was drawn from another distribution than the one trained."""
+    wanted, threshold, mask = config.importance_correction, config.off_policy_threshold, batch.completion_mask
+    weights = None
+    if wanted is not None:
+        bounds = (wanted.low, wanted.high)
+        weights = sampler_correction(
+            old, batch.sampler_logprobs, mask, level=wanted.level, mode=wanted.mode, bounds=bounds
+        )
+    if threshold is None:
+        return weights
+    kept = off_policy_mask(logprobs, batch.sampler_logprobs, batch.advantages, mask, threshold=threshold)
+    return kept if weights is None else weights * kept
 
 
 def clip_bounds(config: PolicyConfig) -> tuple[float, float]:
@@ -93,5 +93,5 @@ def clip_surrogate(
         clip_range=clip_bounds(config),
         dual_clip=config.dual_clip,
         ratio_level=ratio_level,
-        correction=correction(old, batch, config),
+        correction=correction(logprobs, old, batch, config),
     )

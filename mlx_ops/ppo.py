@@ -24,7 +24,7 @@ from mlx_ops.critic import ActorCritic, actor_critic
 from mlx_ops.logprobs import kl_estimate, masked_mean, masked_whiten, token_logprobs
 from mlx_ops.losses import clipped_value_loss, value_metrics
 from mlx_ops.optimizers import make_optimizer
-from mlx_ops.policy import PolicyBatch, Row, evaluate_rows, make_row, split, totals
+from mlx_ops.policy import PolicyBatch, Row, make_row, split, totals
 from mlx_ops.policy_loss import clip_surrogate, full_loss
 from mlx_ops.rollout import Group, rollout_metrics, sample_rows
 from mlx_ops.trainer import Metrics, clipped, global_norm, mean_of
@@ -134,10 +134,10 @@ class PPOTrainer(PolicyTrainer[PPOConfig]):
         needs_old = config.updates_per_step > 1 or measures_kl
         shared = needs_old and config.critic.kind == "head"
         if shared:
-            found = evaluate_rows(self._logprobs_and_values, rows, self.token_budget)
+            found = self.evaluated(rows, self._logprobs_and_values)
             valued = [replace(r, old_logprobs=f[:, 0], old_values=f[:, 1]) for r, f in zip(rows, found, strict=True)]
         else:
-            found = evaluate_rows(self.actor_critic.estimate, rows, self.token_budget)
+            found = self.evaluated(rows, self.actor_critic.estimate)
             valued = [replace(row, old_values=values) for row, values in zip(rows, found, strict=True)]
         seconds = {"seconds/values": perf_counter() - started}
         valued, more = self.scored(valued, old=needs_old and not shared)
@@ -165,7 +165,8 @@ class PPOTrainer(PolicyTrainer[PPOConfig]):
                     self.seen.clear()
                     yield self.minibatch(chosen, totals(chosen))
             metrics["epochs"] += 1.0
-            if limit is not None and self.seen and mean_of(self.seen)["approx_kl_k3"] > limit:
+            seen = [] if limit is None else self.ranks.gather(self.seen)
+            if limit is not None and seen and mean_of(seen)["approx_kl_k3"] > limit:
                 return
 
 

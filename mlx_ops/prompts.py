@@ -18,11 +18,17 @@ Marked = tuple[list[int], list[bool]]
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE = "what the assistant says"
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
 def prompt_text(example: Example, config: PromptConfig) -> str:
-    """The example's prompt inside the configured template, before any chat template."""
-    return config.template.replace("{prompt}", example.prompt)
+    """The example's prompt and columns inside the configured template, before any chat template."""
+    parts = {**example.columns, "prompt": example.prompt}
+    return PLACEHOLDER.sub(lambda found: _shown(parts[found[1]]) if found[1] in parts else found[0], config.template)
+
+
+def _shown(part: Any) -> str:
+    return "\n".join(map(str, part)) if isinstance(part, list) else str(part)
 
 
 def demonstration(example: Example) -> str | None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from configs.schema import PromptConfig, SamplingConfig
 from mlx_ops.batching import Completion, Rollout
+from mlx_ops.distributed import ALONE, Ranks
 from mlx_ops.generation import generate
 from mlx_ops.model import Policy
 from mlx_ops.prompts import completion_text, prompt_tokens
@@ -41,25 +42,31 @@ class Sampler:
     group_size: int
     judge: RewardComposer
     seed: int
+    ranks: Ranks = ALONE
 
     def __call__(self, position: int, prompts: int) -> tuple[list[Group], dict[str, float]]:
         """P groups of G rollouts for the examples from `position` on, and the seconds it took to draw and to judge.
 
-        A row's draw is a function of the seed, the position and the row: the same in any batch and after any resume.
+        A row's draw is a function of the seed, the position and the row: the same in any batch, at any number of ranks
+        and after any resume. Each rank draws and judges its share of the groups; the seconds are those of the slowest.
         """
         tasks = [self.tasks[index] for index in self.take(position, prompts)]
+        own = self.ranks.share(range(prompts))
         started = time.perf_counter()
-        completions = self._draw(tasks, position)
+        completions = self._draw([tasks[place] for place in own], [position + place for place in own])
         drawn = time.perf_counter()
-        rollouts = self._judge([task for task in tasks for _ in range(self.group_size)], completions)
-        seconds = {"seconds/generate": drawn - started, "seconds/reward": time.perf_counter() - drawn}
+        judged = self._judge(self._a_row_each([tasks[place] for place in own]), completions)
+        times = self.ranks.gather([(drawn - started, time.perf_counter() - drawn)])
+        drawing, judging = (max(column) for column in zip(*times, strict=True))
+        seconds = {"seconds/generate": drawing, "seconds/reward": judging}
+        rollouts = self._of_all_ranks(self._a_row_each(tasks), judged)
         size = self.group_size
         return [rollouts[start : start + size] for start in range(0, len(rollouts), size)], seconds
 
-    def _draw(self, tasks: Sequence[Task], position: int) -> list[Completion]:
-        seeds = [
-            row_seed(self.seed, position + place, row) for place in range(len(tasks)) for row in range(self.group_size)
-        ]
+    def _draw(self, tasks: Sequence[Task], positions: Sequence[int]) -> list[Completion]:
+        if not tasks:
+            return []
+        seeds = [row_seed(self.seed, position, row) for position in positions for row in range(self.group_size)]
         return generate(
             self.policy.model,
             [task.tokens for task in tasks],
@@ -69,7 +76,26 @@ class Sampler:
             group_size=self.group_size,
         )
 
+    def _a_row_each(self, tasks: Sequence[Task]) -> list[Task]:
+        return [task for task in tasks for _ in range(self.group_size)]
+
+    def _of_all_ranks(self, tasks: Sequence[Task], own: Sequence[Rollout]) -> list[Rollout]:
+        plain = [
+            (r.completion.tokens, r.completion.logprobs, r.completion.truncated, r.text, r.score.total, r.score.parts)
+            for r in own
+        ]
+        rows = zip(tasks, self.ranks.gather(plain), strict=True)
+        return [
+            Rollout(
+                *(task.example, task.tokens, Completion(tuple(tokens), tuple(logprobs), truncated)),
+                *(text, Score(total, parts)),
+            )
+            for task, (tokens, logprobs, truncated, text, total, parts) in rows
+        ]
+
     def _judge(self, tasks: Sequence[Task], completions: Sequence[Completion]) -> list[Rollout]:
+        if not tasks:
+            return []
         texts = [completion_text(c.tokens, self.policy.tokenizer, self.policy.eos) for c in completions]
         examples = [task.example for task in tasks]
         scores = judge(self.judge, examples, texts, completions, self.sampling.max_tokens)

@@ -38,11 +38,21 @@ def takes_row_masks(model: Any) -> bool:
     return _TAKES_ROW_MASKS[kind]
 
 
-def token_bytes(model: Any) -> int:
-    """Bytes of keys and values of one token in all layers. Nothing is computed."""
+HeadShape = tuple[int, int, mx.Dtype]
+"""(Heads, their size, their type)."""
+
+
+def head_shapes(model: Any) -> list[tuple[HeadShape, HeadShape]]:
+    """Each layer's keys and values. Nothing is computed."""
     caches = [RowCache([0], 1) for _ in model.layers]
     model(mx.zeros((1, 1), mx.int32), cache=caches)
-    return sum(array.nbytes for cache in caches for array in cache.state)
+    shapes = [[(array.shape[1], array.shape[3], array.dtype) for array in cache.state] for cache in caches]
+    return [(keys, values) for keys, values in shapes]
+
+
+def token_bytes(model: Any) -> int:
+    """Bytes of keys and values of one token in all layers."""
+    return sum(heads * size * dtype.size for layer in head_shapes(model) for heads, size, dtype in layer)
 
 
 def causal_mask(start: int, count: int, padding: mx.array) -> mx.array:
@@ -88,8 +98,8 @@ class RowCache:
         start, self.index = self.index, self.index + keys.shape[2]
         if self.keys is None or self.index > self.keys.shape[2]:
             columns = max(self._capacity, self.index + (GROWTH if start else 0))
-            self.keys = _placed(self.keys, keys, 0, start, columns)
-            self.values = _placed(self.values, values, 0, start, columns)
+            self.keys = placed(self.keys, keys, 0, start, columns)
+            self.values = placed(self.values, values, 0, start, columns)
         self.keys[..., start : self.index, :] = keys
         self.values[..., start : self.index, :] = values
         return self.keys[..., : self.index, :], self.values[..., : self.index, :]
@@ -110,7 +120,7 @@ class RowCache:
         self._pad([width - drop for width in padding])
         if self.keys is not None:
             kept = [mx.take(held[..., columns, :], rows, axis=0) for held in self.state]
-            self.keys, self.values = (_placed(held, held, 0, self.index, self._capacity) for held in kept)
+            self.keys, self.values = (placed(held, held, 0, self.index, self._capacity) for held in kept)
 
     def join(self, other: "RowCache", left: int) -> None:
         """Rows of another cache behind these, with room for `left` more columns."""
@@ -130,10 +140,10 @@ def _shifted(cache: RowCache, shift: int, columns: int, like: Sequence[mx.array]
     """A cache's arrays, `shift` columns further right in buffers of `columns`; `like` has the shape where it is
     empty."""
     held = cache.state or [mx.zeros((len(cache.padding), *array.shape[1:]), array.dtype) for array in like]
-    return [_placed(array, array, shift, cache.index, columns) for array in held]
+    return [placed(array, array, shift, cache.index, columns) for array in held]
 
 
-def _placed(held: Any, like: mx.array, start: int, used: int, columns: int) -> mx.array:
+def placed(held: Any, like: mx.array, start: int, used: int, columns: int) -> mx.array:
     """A buffer of so many columns that holds the first `used` of `held` from `start` on."""
     rows, heads, _, width = like.shape
     buffer = mx.zeros((rows, heads, columns, width), like.dtype)

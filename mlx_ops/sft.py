@@ -15,7 +15,8 @@ from mlx.optimizers import Optimizer
 
 from configs.schema import PromptConfig, SFTConfig
 from mlx_ops.batching import TokenRows, pad_floats, token_rows
-from mlx_ops.forward import completion_logits
+from mlx_ops.distributed import ALONE, Ranks
+from mlx_ops.forward import completion_logits, unshared_because
 from mlx_ops.logprobs import masked_mean, token_logprobs
 from mlx_ops.losses import dft_loss, nll_loss
 from mlx_ops.microbatches import plan
@@ -54,11 +55,14 @@ class SFTTrainer(BaseTrainer[SFTBatch]):
         take: Take,
         token_budget: int,
         seed: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         limits = Limits(config.optimizer.max_grad_norm, config.max_nonfinite_steps)
-        super().__init__(model, optimizer, seed=seed, limits=limits)
+        super().__init__(model, optimizer, seed=seed, limits=limits, ranks=ranks)
         self.config, self.pairs, self.take, self.token_budget = config, pairs, take, token_budget
         self.validation = validation[: config.validation_examples]
+        # Asked once a process, by running the model: in the first step that would use up random numbers of its dropout.
+        unshared_because(model)
         if config.packing:
             require_packable(model)
         if config.neftune_alpha:
@@ -70,9 +74,10 @@ class SFTTrainer(BaseTrainer[SFTBatch]):
         size = self.config.batch_size
         pairs = [self.pairs[index] for index in self.take(step * size, size)]
         batches = self._batches(pairs)
+        columns = self.ranks.gather([batch.columns for batch in batches])
         return [batches], {
             "tokens_trained": float(sum(sum(pair.trained) for pair in pairs)),
-            "padded_share": 1 - sum(len(pair) - 1 for pair in pairs) / sum(batch.columns for batch in batches),
+            "padded_share": 1 - sum(len(pair) - 1 for pair in pairs) / sum(columns),
         }
 
     def loss(self, model: nn.Module, batch: SFTBatch) -> tuple[mx.array, Mapping[str, mx.array]]:
@@ -87,21 +92,24 @@ class SFTTrainer(BaseTrainer[SFTBatch]):
         if every is None or step % every or not self.validation:
             return {}
         self.model.eval()
-        total = accuracy = 0.0
+        found = []
         for batch in self._batches(self.validation):
             logprobs, metrics = imitation(self.model, batch)
-            total += float(nll_loss(logprobs, batch.weights)[0])
-            accuracy += float(metrics["token_accuracy"] * batch.weights.sum())
-        return {"validation_loss": total, "validation_accuracy": accuracy}
+            accuracy = metrics["token_accuracy"] * batch.weights.sum()
+            found.append((float(nll_loss(logprobs, batch.weights)[0]), float(accuracy)))
+        losses, accuracies = zip(*self.ranks.gather(found), strict=True)
+        return {"validation_loss": sum(losses), "validation_accuracy": sum(accuracies)}
 
     def _noise(self, model: nn.Module, batch: SFTBatch) -> AbstractContextManager[None]:
         alpha = self.config.neftune_alpha
         return noisy_embeddings(model, alpha, batch.lengths) if alpha else nullcontext()
 
     def _batches(self, pairs: Sequence[Pair]) -> list[SFTBatch]:
+        """This rank's share of the pairs of a step, weighted as parts of the whole."""
+        own, trained = self.ranks.share(pairs, [len(pair) for pair in pairs]), _trained(pairs)
         if self.config.packing:
-            return packed_batches(pairs, self.token_budget, self.config.max_length)
-        return sft_batches(pairs, self.token_budget)
+            return packed_batches(own, self.token_budget, self.config.max_length, trained=trained)
+        return sft_batches(own, self.token_budget, trained=trained)
 
 
 def imitation(model: nn.Module, batch: SFTBatch) -> tuple[mx.array, dict[str, mx.array]]:
@@ -114,16 +122,22 @@ def imitation(model: nn.Module, batch: SFTBatch) -> tuple[mx.array, dict[str, mx
     return token_logprobs(logits, batch.targets), metrics
 
 
-def sft_batches(pairs: Sequence[Pair], token_budget: int) -> list[SFTBatch]:
-    """The pairs as microbatches, a row each, whose losses add up to the mean over all imitated tokens."""
+def sft_batches(pairs: Sequence[Pair], token_budget: int, *, trained: int | None = None) -> list[SFTBatch]:
+    """The pairs as microbatches, a row each, whose losses add up to the mean over all imitated tokens.
+
+    `trained` is the number of those where the pairs are only a share of the step's.
+    """
+    tokens = trained or _trained(pairs)
     lengths = [len(pair.prompt) for pair in pairs], [len(pair.target) for pair in pairs]
     parts = plan(lengths[0], list(range(len(pairs))), lengths[1], token_budget=token_budget)
-    return [_side_by_side([pairs[index] for index in part], _trained(pairs)) for part in parts]
+    return [_side_by_side([pairs[index] for index in part], tokens) for part in parts]
 
 
-def packed_batches(pairs: Sequence[Pair], token_budget: int, capacity: int) -> list[SFTBatch]:
+def packed_batches(
+    pairs: Sequence[Pair], token_budget: int, capacity: int, *, trained: int | None = None
+) -> list[SFTBatch]:
     """As `sft_batches`, with several pairs in rows of at most `capacity` columns."""
-    weight = 1 / _trained(pairs)
+    weight = 1 / (trained or _trained(pairs))
     return [
         SFTBatch(rows, rows.targets, mx.full(rows.targets.shape, weight), rows.lengths, rows.inputs.size)
         for rows in packed_parts(pairs, capacity, token_budget)

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Generic, TypeVar, cast
 
 import mlx.core as mx
@@ -16,12 +16,14 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_ops.batching import Tree
+from mlx_ops.distributed import ALONE, Ranks
 
 Batch = TypeVar("Batch")
 Metrics = dict[str, float]
 SUMS = ("tokens", "updates", "skipped_updates")
 RATES = {"generate": "tokens_generated", "update": "tokens"}
 Report = Callable[[int, Metrics], None]
+Inspect = Callable[[str, Mapping[str, mx.array]], None]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Limits:
     max_nonfinite_steps: int = 3
 
 
+def forget(name: str, arrays: Mapping[str, mx.array]) -> None:
+    """Keeps nothing of a batch."""
+
+
 def no_metrics(step: int) -> Metrics:  # noqa: ARG001 (the shape of an evaluation)
     """An evaluation that looks at nothing."""
     return {}
@@ -40,13 +46,17 @@ def no_metrics(step: int) -> Metrics:  # noqa: ARG001 (the shape of an evaluatio
 class BaseTrainer(ABC, Generic[Batch]):
     """A subclass writes `collect` and `loss`."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, *, seed: int, limits: Limits) -> None:
-        self.model, self.optimizer, self.seed, self.limits = model, optimizer, seed, limits
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, *, seed: int, limits: Limits, ranks: Ranks = ALONE
+    ) -> None:
+        self.model, self.optimizer, self.seed, self.limits, self.ranks = model, optimizer, seed, limits, ranks
         self.completed = 0
         self.resting = True
         """The weights are those of `completed` steps, `committed` is the state after them, and they are reported."""
         self.committed: dict[str, Any] = {}
         self.nonfinite_in_a_row = 0
+        self.kept: tuple[Tree, Tree, dict[str, mx.array]] | None = None
+        self.inspect: Inspect = forget
 
     @abstractmethod
     def collect(self, step: int) -> tuple[Iterable[Sequence[Batch]], Metrics]:
@@ -86,15 +96,21 @@ class BaseTrainer(ABC, Generic[Batch]):
         save: Callable[[int, Metrics], None],
         evaluate: Callable[[int], Metrics] = no_metrics,
         shield: Callable[[], AbstractContextManager[None]] = nullcontext,
+        inspect: Inspect = forget,
     ) -> None:
-        """Train up to `steps` completed steps. `shield` holds an interrupt back from the first update to the report."""
-        self.committed, saved = self.state(), 0.0
+        """Train up to `steps` completed steps. `shield` holds an interrupt back from the first update to the report.
+
+        `inspect` is handed the minibatch of each update that is skipped, under a name.
+        """
+        self.committed, self.inspect, saved = self.state(), inspect, 0.0
         for step in range(self.completed, steps):
             started = time.perf_counter()
             mx.reset_peak_memory()
-            mx.random.seed(self.seed * 1_000_003 + step)
+            # Ranks draw their noise (dropout, NEFTune) apart.
+            mx.random.seed(self.seed * 1_000_003 + step + (self.ranks.rank << 48))
             minibatches, metrics = self.collect(step)
             with shield():
+                self._keep()
                 self.resting = False
                 metrics |= mean_of([self.update(batch) for batch in minibatches])
                 updated = time.perf_counter()
@@ -102,7 +118,8 @@ class BaseTrainer(ABC, Generic[Batch]):
                 metrics |= evaluate(step + 1)
                 done = time.perf_counter()
                 metrics |= {"seconds/evaluate": done - updated, "seconds/step": done - started, "seconds/save": saved}
-                report(step + 1, metrics | rates(metrics) | {"peak_memory_gb": mx.get_peak_memory() / 1e9})
+                peak = max(self.ranks.gather([mx.get_peak_memory() / 1e9]))
+                report(step + 1, metrics | rates(metrics) | {"peak_memory_gb": peak})
                 self.completed, self.committed, self.resting = step + 1, self.state(), True
             save(self.completed, metrics)
             saved = time.perf_counter() - done
@@ -119,11 +136,18 @@ class BaseTrainer(ABC, Generic[Batch]):
             mx.eval(total, grads, extra)
             self.observe(batch, extra)
             parts.append({name: float(number) for name, number in extra.items() if number.ndim == 0})
-        assert grads is not None, "a minibatch without microbatches"
+        parts = self.ranks.gather(parts)
+        assert parts, "a minibatch without microbatches"
+        if grads is None:  # the other ranks have all of them
+            grads = tree_map(mx.zeros_like, self.model.trainable_parameters())
+        total, grads = self.ranks.sum((total, grads))
         norms = self.norms(grads)
         finite = bool(mx.all(mx.isfinite(mx.stack([total, *norms.values()]))).item())
         if finite:
             self.apply(grads, norms)
+        else:
+            name = f"step_{self.completed + 1:06d}_{self.nonfinite_in_a_row + 1}"
+            self.inspect(name, {"loss": total, **norms} | named_arrays(minibatch))
         self.nonfinite_in_a_row = nonfinite_in_a_row(finite, self.nonfinite_in_a_row, self.limits.max_nonfinite_steps)
         return {
             **whole_of(parts),
@@ -135,6 +159,22 @@ class BaseTrainer(ABC, Generic[Batch]):
             "seconds/update": time.perf_counter() - started,
         }
 
+    def rewind(self) -> None:
+        """Back to the last completed step, where a lost rank keeps the one that has begun from being completed."""
+        if self.resting or self.kept is None:
+            return
+        weights, moments, arrays = self.kept
+        self.model.update(weights)
+        self.optimizer.state = moments
+        self.restore(self.completed, self.committed, arrays)
+        self.resting = True
+
+    def _keep(self) -> None:
+        # Alone, the interrupt waits for the end of the step, and no second copy of the weights need be held.
+        if self.ranks.size > 1:
+            same = tree_map(lambda array: array, (self.model.trainable_parameters(), self.optimizer.state))
+            self.kept = (*same, self.arrays())
+
     def norms(self, grads: Tree) -> dict[str, mx.array]:
         """The norms of the gradients before clipping, by the name of their metric."""
         return {"grad_norm": global_norm(grads)}
@@ -145,13 +185,28 @@ class BaseTrainer(ABC, Generic[Batch]):
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
 
 
+def named_arrays(value: Any, name: str = "batch") -> dict[str, mx.array]:
+    """The arrays in batches, which are dataclasses of arrays and of each other, by dotted name."""
+    if isinstance(value, mx.array):
+        return {name: value}
+    if is_dataclass(value):
+        inside = {each.name: getattr(value, each.name) for each in fields(value)}
+    elif isinstance(value, list | tuple):
+        inside = dict(enumerate(value))
+    else:
+        return {}
+    return {
+        found: array for part, item in inside.items() for found, array in named_arrays(item, f"{name}.{part}").items()
+    }
+
+
 def nonfinite_in_a_row(finite: bool, before: int, limit: int) -> int:
     """The count after one more update; `FloatingPointError` at the limit."""
     count = 0 if finite else before + 1
     if count >= limit:
         raise FloatingPointError(
             f"{count} updates in a row had a loss or gradient that is not finite; "
-            "lower the learning rate, or look at the last samples"
+            "lower the learning rate, or look at the batches that were kept under nonfinite/"
         )
     return count
 

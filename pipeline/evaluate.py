@@ -36,9 +36,11 @@ def evaluate_checkpoint(
     """Put a benchmark to a checkpoint's model, the report into `directory`. Raises what loading and `evaluate` do."""
     from mlx_ops.backend import prepare
     from pipeline.evaluation.run import evaluate
+    from pipeline.progress import drawing
 
     policy = load(subject.checkpoint_dir / "model", device, prepare(device.device))
-    return evaluate(policy, evaluation, context=surroundings(experiment, subject), directory=directory)
+    context = surroundings(experiment, subject)
+    return evaluate(policy, evaluation, context=context, directory=directory, progress=drawing)
 
 
 def load(folder: Path, device: DeviceSettings, backend: "Backend") -> "Policy":

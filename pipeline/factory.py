@@ -15,7 +15,7 @@ from pipeline.io_manager import reference_io_manager
 from pipeline.keys import LEADERBOARD, dataset_key, model_key, report_keys
 from pipeline.resources import MlxResource, RunStore
 from pipeline.schedules import nightly_schedule
-from pipeline.sensors import failed_runs
+from pipeline.sensors import alert_sensors
 
 if TYPE_CHECKING:
     from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
@@ -38,7 +38,7 @@ def build_definitions(entries: Sequence[Entry], artifacts: str = "artifacts") ->
         ],
         jobs=[experiment_job(entry) for entry in entries],
         schedules=[schedule for schedule in schedules if schedule is not None],
-        sensors=[failed_runs],
+        sensors=alert_sensors([entry.experiment for entry in entries]),
         resources={"runs": RunStore(root=artifacts), "mlx": MlxResource(), "io_manager": reference_io_manager},
     )
 

@@ -10,12 +10,15 @@ from multiprocessing.process import BaseProcess
 
 import dagster as dg
 
+from pipeline.lock import InUseError
+
 MISTAKES = (
     ArithmeticError,
     AssertionError,
     AttributeError,
     FileNotFoundError,
     ImportError,
+    InUseError,
     LookupError,
     NameError,
     TypeError,
@@ -37,10 +40,10 @@ def long_work(left: str) -> Iterator[None]:
     except (dg.DagsterExecutionInterruptedError, KeyboardInterrupt) as error:
         raise dg.Failure(f"interrupted; {left}", allow_retries=False) from error
     except MISTAKES as error:
-        raise dg.Failure(_words(error), allow_retries=False) from error
+        raise dg.Failure(words(error), allow_retries=False) from error
 
 
-def _words(error: BaseException) -> str:
+def words(error: BaseException) -> str:
     # A KeyError shows the repr of its message.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return text or type(error).__name__

@@ -13,6 +13,7 @@ from configs.loader import digest
 from configs.schema import EvaluationConfig
 from pipeline.catalog import Entry
 from pipeline.keys import start_stage
+from pipeline.lock import owned
 from pipeline.monitoring import open_reporter
 from pipeline.refs import CheckpointRef
 from pipeline.resources import DeviceSettings, RunStore
@@ -58,6 +59,16 @@ class Workshop:
         subject = Subject(checkpoint, self.runs.locate(checkpoint.path), self.dataset())
         return evaluate_checkpoint(self.entry.experiment, evaluation, subject, folder, self.device), folder
 
+    def publish(self) -> Path:
+        """Put the experiment's reports into the leaderboard and onto its page; the page's path."""
+        from pipeline.evaluation.leaderboard import update_leaderboard
+        from pipeline.pages.gather import newest_reports
+        from pipeline.pages.render import write_pages
+
+        name = self.entry.experiment.name
+        update_leaderboard((one.report for one in newest_reports(self.runs.directory, name)), self.runs.leaderboard)
+        return write_pages(self.runs.directory, self.runs.leaderboard, name)[0]
+
     def _folder(self, name: str) -> Path:
         return self.runs.directory / self.entry.experiment.name / name
 
@@ -87,9 +98,10 @@ class Workshop:
             settings=experiment.model_dump(mode="json"),
         )
         self.entry.load_plugins()
-        with open_reporter(info, experiment.monitoring) as reporter:
+        with owned(directory, RUN), open_reporter(info, experiment.monitoring) as reporter:
             job = Job(experiment, self.dataset(), self.runs.locate(start.path), directory, self.device, reporter)
             trained = train_stage(job, stage)  # pyright: ignore[reportArgumentType]
+            reporter.published(trained.checkpoint)
         return self._reference(trained.checkpoint, stage, trained.step)
 
     def _reference(self, folder: Path, stage: str, step: int) -> CheckpointRef:

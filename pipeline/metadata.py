@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from pipeline.plots import curves
+from pipeline.plots import Panels, curves
 from pipeline.provenance import collect
 from pipeline.resources import project_root
 
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 Metadata = dict[str, Any]
 
-CURVES = {
-    "reward_curve": ("reward",),
-    "length_curve": ("completion_length", "completion_length_max"),
-    "loss_curve": ("loss", "validation_loss"),
-    "kl_curve": ("kl",),
-    "entropy_curve": ("entropy",),
+PANELS: Panels = {
+    "reward": lambda name: name in ("reward", "eval_reward") or name.startswith("reward/"),
+    "tokens a completion": lambda name: name in ("completion_length", "completion_length_max"),
+    "KL": lambda name: name in ("kl", "approx_kl_k3"),
+    "entropy": lambda name: name == "entropy",
+    "loss": lambda name: name in ("loss", "validation_loss", "value_loss"),
+    "norm of the gradient": lambda name: name == "grad_norm",
 }
 SAMPLE_COLUMNS = ("step", "reward", "prompt", "completion", "answer", "tokens", "truncated")
 EXAMPLE_COLUMNS = ("id", "prompt", "target", "answer")
@@ -33,14 +34,12 @@ MAX_TEXT = 1000
 
 
 def training_metadata(rows: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> Metadata:
-    """Of a trained model: its last numbers, its curves, some completions with their rewards."""
-    parts = sorted({name for row in rows for name in row if name.startswith("reward/")})
-    plots = {label: curves(rows, names, label.replace("_", " ")) for label, names in CURVES.items()}
-    plots["reward_parts_curve"] = curves(rows, parts, "reward parts") if len(parts) > 1 else None
+    """Of a trained model: its last numbers, its curves, the completions of the best and the worst rewards."""
+    plot = curves(rows, PANELS, "curves")
     return {
-        **(final_numbers(rows[-1]) if rows else {}),
-        **{label: plot for label, plot in plots.items() if plot is not None},
+        **({} if plot is None else {"curves": plot}),
         "samples": table(samples, SAMPLE_COLUMNS),
+        **(final_numbers(rows[-1]) if rows else {}),
     }
 
 

@@ -30,6 +30,10 @@ class Reporter:
         for sink in list(self.sinks):
             self._try(sink, lambda sink=sink: sink.report(step, metrics))
 
+    def published(self, checkpoint: Path) -> None:
+        for sink in list(self.sinks):
+            self._try(sink, lambda sink=sink: sink.published(checkpoint))
+
     @property
     def url(self) -> str | None:
         """The page of the first sink that has one."""

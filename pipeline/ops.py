@@ -1,5 +1,6 @@
 """The training op: one for every experiment and stage, bound by configuration (`pipeline.launchpad`)."""
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,20 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dagster as dg
+from sqlalchemy.exc import SQLAlchemyError
 
 from configs.loader import digest
 from configs.schema import ExperimentConfig, TrainedStage
 from pipeline.catalog import Entry
 from pipeline.guard import long_work
 from pipeline.keys import DEVICE_POOL, model_key
+from pipeline.launch import train_on_ranks
+from pipeline.lock import owned
 from pipeline.metadata import final_numbers, folder, made_by, training_metadata
 from pipeline.monitoring import open_reporter
+from pipeline.progress import Progress
 from pipeline.refs import CheckpointRef, DatasetRef
 from pipeline.resources import MlxResource, RunStore, short_id
 from pipeline.sinks import RunInfo, Sink, read_metrics
 
 if TYPE_CHECKING:
     from pipeline.train import Trained
+
+log = logging.getLogger(__name__)
 
 MAX_OBSERVATIONS = 100
 """Of one run: each costs 10 ms and a row of the run database."""
@@ -37,16 +44,22 @@ class TrainConfig(dg.Config):
 
 
 class Observations(Sink):
-    """An observation of the asset every so many steps: its numbers while it is still in training."""
+    """An observation of the asset every so many steps: its numbers and the time left, during the training."""
 
-    def __init__(self, context: dg.OpExecutionContext, asset: dg.AssetKey, steps: int) -> None:
+    def __init__(self, context: dg.OpExecutionContext, asset: dg.AssetKey, info: RunInfo) -> None:
         self._context, self._asset = context, asset
-        self._every = max(1, math.ceil(steps / MAX_OBSERVATIONS))
+        self._every = max(1, math.ceil(info.steps / MAX_OBSERVATIONS))
+        self._progress = Progress(info)
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        words = self._progress.words(step, metrics)
         if step % self._every == 0:
             metadata = final_numbers({"step": step, **metrics})
-            self._context.log_event(dg.AssetObservation(self._asset, metadata=metadata))
+            observation = dg.AssetObservation(self._asset, description=words, metadata=metadata)
+            try:
+                self._context.log_event(observation)
+            except SQLAlchemyError as error:  # Dagster's database is locked or away: the training is none the worse
+                log.warning("step %d: no observation, Dagster's database fails: %s", step, error)
 
 
 @dg.op(pool=DEVICE_POOL, retry_policy=dg.RetryPolicy(max_retries=1, delay=1))
@@ -64,7 +77,8 @@ def train(
     directory = runs.run_dir(experiment.name, config.stage, context.run)
     with long_work(f"what was reached is under {directory}, and a re-execution of the run goes on from there"):
         entry.load_plugins()
-        place = Place(directory, runs.locate(dataset.path), runs.locate(start.path), mlx)
+        data, model = (runs.verified(ref.path, ref.sha256) for ref in (dataset, start))
+        place = Place(directory, data, model, mlx, entry.source)
         trained, url = _train(context, experiment, config.stage, place)
     ref = CheckpointRef(
         path=runs.relative(trained.checkpoint),
@@ -93,6 +107,7 @@ class Place:
     dataset_dir: Path
     start_dir: Path
     mlx: MlxResource
+    source: Path
 
 
 def _train(
@@ -111,8 +126,11 @@ def _train(
         steps=steps,
         settings=experiment.model_dump(mode="json"),
     )
-    observations = Observations(context, model_key(experiment.name, stage), steps)
-    with open_reporter(info, experiment.monitoring, [observations]) as reporter:
+    observations = Observations(context, model_key(experiment.name, stage), info)
+    with (
+        owned(place.run_dir, short_id(context.run)),
+        open_reporter(info, experiment.monitoring, [observations]) as reporter,
+    ):
         job = Job(
             experiment=experiment,
             dataset_dir=place.dataset_dir,
@@ -121,4 +139,10 @@ def _train(
             device=place.mlx.settings,
             report=reporter,
         )
-        return train_stage(job, stage), reporter.url
+        launch = place.mlx.launch
+        if launch.is_alone:
+            trained = train_stage(job, stage)
+        else:
+            trained = train_on_ranks(context, job, stage, place.source, launch)
+        reporter.published(trained.checkpoint)
+        return trained, reporter.url

@@ -1,8 +1,11 @@
 """Progress as people read it: a bar in a terminal, a line now and then in a log."""
 
 import math
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 from pipeline.sinks import RunInfo, Sink
@@ -82,3 +85,21 @@ class RichBar(Sink):
 def console(info: RunInfo, stream: TextIO) -> Sink:
     """A bar in a terminal, lines elsewhere."""
     return RichBar(info, stream) if stream.isatty() else PlainLines(info, stream)
+
+
+@contextmanager
+def drawing(
+    name: str, rows: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[int, int], None]]:
+    """The progress of an evaluation's completions: called with the rows that are finished and the tokens drawn."""
+    place, started = stream or sys.stderr, clock()
+    info = RunInfo(experiment="", stage=name, run="", directory=Path(), steps=rows)
+    sink = RichBar(info, place) if place.isatty() else PlainLines(info, place, clock)
+
+    def report(finished: int, tokens: int) -> None:
+        sink.report(finished, {"tokens_generated": tokens, "seconds/step": clock() - started})
+
+    try:
+        yield report
+    finally:
+        sink.close(failed=False)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import dagster as dg
 from pydantic import Field, PositiveFloat
 
+from configs.atomic import MANIFEST, sha256
 from configs.schema import ExperimentConfig, Strict
 
 if TYPE_CHECKING:
@@ -36,8 +37,18 @@ class RunStore(dg.ConfigurableResource):
         return self.directory / "leaderboard.json"
 
     def locate(self, relative: str) -> Path:
-        """The place of a reference's path."""
+        """The place of a reference's path. `ValueError` for one that leaves the artifacts' folder."""
+        if Path(relative).is_absolute() or ".." in Path(relative).parts:
+            raise ValueError(f"{relative!r} leaves the artifacts' folder {self.directory}")
         return self.directory / relative
+
+    def verified(self, path: str, digest: str) -> Path:
+        """The folder of a reference, whose manifest is still the one of this sha256; `ValueError` where it isn't."""
+        folder = self.locate(path)
+        manifest = folder / MANIFEST
+        if not manifest.is_file() or sha256(manifest) != digest:
+            raise ValueError(f"{folder}: gone, or replaced since it was materialized ({digest[:8]}…); make it anew")
+        return folder
 
     def relative(self, path: Path) -> str:
         """A path under `root` as references hold it."""
@@ -67,6 +78,25 @@ class DeviceSettings(Strict):
     memory_limit_gb: PositiveFloat | None = None
 
 
+class Launch(dg.Config):
+    """The ranks of a training. One process on this machine is one rank, and nothing is launched for it."""
+
+    processes: int = Field(default=1, ge=1, description="On each host; one a GPU.")
+    hosts: list[str] = Field(
+        default=["127.0.0.1"],
+        description="Their addresses, this machine's first; the others are reached by ssh without a password.",
+    )
+    hostfile: str | None = Field(default=None, description="One of mlx.distributed_config, instead of `hosts`.")
+    backend: Literal["ring", "jaccl", "jaccl-ring", "nccl", "mpi"] = Field(
+        default="ring",
+        description="ring takes any network, jaccl Thunderbolt with RDMA, nccl NVIDIA GPUs.",
+    )
+
+    @property
+    def is_alone(self) -> bool:
+        return self.processes == 1 and len(self.hosts) == 1 and self.hostfile is None
+
+
 class MlxResource(dg.ConfigurableResource):
     """The device's settings. It loads no model: Dagster sets resources up once more in the parent process."""
 
@@ -78,6 +108,7 @@ class MlxResource(dg.ConfigurableResource):
         default=None, description="What arrays may fill; the device's own limit if empty."
     )
     seed: int | None = Field(default=None, description="Instead of the experiment's, for other random numbers.")
+    launch: Launch = Launch()
 
     @property
     def settings(self) -> DeviceSettings:
@@ -92,4 +123,4 @@ class MlxResource(dg.ConfigurableResource):
         """Choose the device, in the process that computes. Call it first: a fast BLAS must be loaded before MLX."""
         from mlx_ops.backend import prepare
 
-        return prepare(self.device)
+        return prepare(self.device, self.memory_limit_gb)

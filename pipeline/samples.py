@@ -22,11 +22,11 @@ class SampleFiles:
         pd.DataFrame(flat).to_parquet(beside, index=False)
         beside.replace(path)
 
-    def best_and_worst(self, count: int) -> list[dict[str, Any]]:
-        """Of the last step: the `count` highest rewards and the `count` lowest, each rollout once."""
+    def best_and_worst(self, count: int, step: int | None = None) -> list[dict[str, Any]]:
+        """Of a step, the last where absent: the `count` highest rewards and the `count` lowest, each rollout once."""
         import pandas as pd
 
-        files = sorted(self.directory.glob("step_*.parquet"))
+        files = sorted(self.directory.glob("step_*.parquet" if step is None else f"step_{step:06d}.parquet"))
         if not files:
             return []
         rows = pd.read_parquet(files[-1]).sort_values("reward", ascending=False, kind="stable")

@@ -4,6 +4,7 @@ A plain schedule and no automation condition: an unchanged checkpoint is evaluat
 """
 
 import dagster as dg
+from dagster._utils.schedules import is_valid_cron_string
 
 from configs.schema import ExperimentConfig, NightlyConfig
 from pipeline.catalog import Entry
@@ -15,6 +16,8 @@ def nightly_schedule(entry: Entry) -> dg.ScheduleDefinition | None:
     experiment, nightly = entry.experiment, entry.experiment.nightly
     if nightly is None:
         return None
+    if not is_valid_cron_string(nightly.cron):
+        raise ValueError(f"{entry.source}: nightly.cron: {nightly.cron!r} is no cron line such as '0 2 * * *'")
     every_report = [
         report_key(experiment.name, stage, name) for stage in experiment.stages for name in names(experiment)
     ]

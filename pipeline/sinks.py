@@ -1,6 +1,7 @@
 """The places that a training's numbers go to, but for the console: `metrics.jsonl` and W&B."""
 
 import json
+import logging
 import math
 import os
 import time
@@ -8,12 +9,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from configs.atomic import write_text
 from configs.schema import MonitoringConfig
+from pipeline.samples import SampleFiles
+
+if TYPE_CHECKING:
+    from wandb import Run
 
 METRICS = "metrics.jsonl"
+INIT_SECONDS = 30.0
+"""W&B's server gets so long to answer."""
+FINISH_SECONDS = 120.0
+"""And so long to take the rest at the end; what it does not take is on disk, for `wandb sync`."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,12 +53,18 @@ class Sink(ABC):
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """The metrics of a completed step, counted from 1."""
 
+    def published(self, checkpoint: Path) -> None:  # noqa: B027 (most keep none)
+        """The folder that the training leaves, once it is done."""
+
     def close(self, *, failed: bool) -> None:  # noqa: B027 (most have nothing to close)
         """Called once, at the end; `failed` says that an error or an interrupt ended the training."""
 
 
 class JsonLines(Sink):
     """One JSON object a step: `step`, `time` (seconds since 1970) and the metrics; what isn't finite is null."""
+
+    faults = ()
+    """None is passed over: a run promises each of its rows, and goes on from its last checkpoint once it can."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -95,6 +112,10 @@ def _whole_lines(text: str) -> list[str]:
     return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
+SAMPLE_TABLES = 20
+"""Of one run, evenly over its steps."""
+
+
 class WandbSink(Sink):
     """A W&B run, grouped by experiment and resumed under the same id. Offline it needs no account."""
 
@@ -102,23 +123,61 @@ class WandbSink(Sink):
         import wandb
 
         self.faults = (OSError, RuntimeError, wandb.Error)
-        # `allow` goes on under the id after a resume; W&B itself refuses steps that it has seen.
-        self._run = wandb.init(
-            project=config.wandb_project,
-            mode="offline" if config.wandb == "offline" else "online",
-            group=info.experiment,
-            job_type=info.stage,
-            name=f"{info.experiment}/{info.stage}/{info.run}",
-            id=f"{info.experiment}-{info.stage}-{info.run}",
-            resume="allow",
-            dir=str(info.directory),
-            config=dict(info.settings),
-            settings=wandb.Settings(silent=True),
-        )
+        self._info, self._config = info, config
+        self._samples = SampleFiles(info.directory / "samples")
+        self._every = math.ceil(info.steps / SAMPLE_TABLES)
+        self._run = self._start(config.wandb)
         self.url = self._run.url
 
+    def _start(self, mode: str) -> "Run":
+        import wandb
+        from wandb.errors import CommError
+
+        info = self._info
+        try:
+            # `allow` goes on under the id after a resume; W&B itself refuses steps that it has seen.
+            return wandb.init(
+                project=self._config.wandb_project,
+                mode="offline" if mode == "offline" else "online",
+                group=info.experiment,
+                job_type=info.stage,
+                name=f"{info.experiment}/{info.stage}/{info.run}",
+                id=f"{info.experiment}-{info.stage}-{info.run}",
+                tags=[info.experiment, info.stage],
+                resume="allow",
+                dir=str(info.directory),
+                config=dict(info.settings),
+                settings=wandb.Settings(silent=True, init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS),
+            )
+        except (CommError, TimeoutError) as error:  # not a missing key: that is the user's to mend
+            if mode == "offline":
+                raise
+            log.warning("W&B can't be reached (%s): offline; `wandb sync %s/wandb/*` later", error, info.directory)
+            wandb.teardown()  # its own process holds on to the id of the run that did not start
+            return self._start("offline")
+
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
+        self._run.log({**metrics, **self._table(step)}, step=step)
+
+    def _table(self, step: int) -> dict[str, Any]:
+        """The step's best and worst completions, every so many steps; SFT has none."""
+        if step % self._every and step != self._info.steps:
+            return {}
+        rows = self._samples.best_and_worst(self._config.log_samples, step)
+        if not rows:
+            return {}
+        import wandb
+
+        columns: list[Any] = list(rows[0])
+        return {"samples": wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])}
+
+    def published(self, checkpoint: Path) -> None:
+        if self._config.wandb_checkpoints:
+            import wandb
+
+            artifact = wandb.Artifact(f"{self._info.experiment}-{self._info.stage}", type="model")
+            artifact.add_dir(str(checkpoint))
+            self._run.log_artifact(artifact, aliases=["latest", checkpoint.name])
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +19,8 @@ import mlx_ops as mlx_ops  # before MLX, which binds its BLAS when it is importe
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from configs.atomic import new_directory
-from configs.loader import changed_fields
+from configs.atomic import is_full, new_directory, verify
+from configs.loader import changed_fields, digest
 from configs.schema import (
     ExperimentConfig,
     GRPOConfig,
@@ -33,15 +35,24 @@ from configs.schema import (
     TrainingConfig,
 )
 from mlx_ops.backend import Backend, prepare
-from mlx_ops.checkpoint import CheckpointStore, Saved, manifest_digest, restore_optimizer, trainer_arrays
+from mlx_ops.checkpoint import (
+    CheckpointStore,
+    Saved,
+    manifest_digest,
+    restore_optimizer,
+    trainer_arrays,
+    tree_bytes,
+)
 from mlx_ops.checkpointing import checkpoint_layers
+from mlx_ops.distributed import ALONE, Ranks
+from mlx_ops.footprint import Footprint, estimate, require_memory
 from mlx_ops.generation import generate
-from mlx_ops.microbatches import suggest_token_budget
 from mlx_ops.model import (
     DTYPES,
     Policy,
     add_adapter,
     copy_model,
+    finite,
     fuse_adapters,
     load_adapter,
     load_policy,
@@ -52,13 +63,14 @@ from mlx_ops.model import (
 )
 from mlx_ops.optimizers import make_optimizer
 from mlx_ops.prompts import completion_text, prompt_text
-from mlx_ops.rollout import Sampler, judge, make_tasks
+from mlx_ops.rollout import Sampler, Task, judge, make_tasks
 from mlx_ops.sft import SFTTrainer, make_pairs
 from mlx_ops.trainer import BaseTrainer, Metrics
 from mlx_ops.watchdog import Watchdog
 from pipeline.algorithms import algorithm_of
 from pipeline.data.samplers import Shuffled, make_sampler
 from pipeline.data.store import read_examples
+from pipeline.provenance import PACKAGES, installed
 from pipeline.resources import DeviceSettings
 from pipeline.samples import SampleFiles
 from rewards.base import Example
@@ -68,8 +80,8 @@ log = logging.getLogger(__name__)
 
 Settings = dict[str, Any]
 Reinforcement = GRPOConfig | PPOConfig | PluginPolicyConfig
-MAX_TOKEN_BUDGET = 16_384
-"""More padded tokens at once than this gain no speed and delay a cancel."""
+MAX_INSPECTED = 10
+"""Batches of skipped updates that a run keeps."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,7 @@ class Job:
     run_dir: Path
     device: DeviceSettings
     report: Callable[[int, Mapping[str, float]], None]
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -119,17 +132,31 @@ def make_base(
 def train_stage(job: Job, stage: TrainedStage) -> Trained:
     """Train one stage, or go on from the newest checkpoint of the run directory that verifies.
 
-    An interrupt leaves a checkpoint of the last completed step and goes on its way.
+    An interrupt leaves a checkpoint of the last completed step and goes on its way. `ValueError` where the model that
+    it starts from is not what was written, or the memory can't hold the training; `OSError` where the disk can't hold
+    its checkpoints. Both say how much is missing.
     """
+    store, samples = fit_stage(job, stage)
+    return publish(store.chosen(), job, stage, samples.best_and_worst(job.experiment.monitoring.log_samples))
+
+
+def fit_stage(job: Job, stage: TrainedStage) -> tuple[CheckpointStore, SampleFiles]:
+    """`train_stage` up to what it publishes, on every rank of the job: the run's checkpoints and its samples."""
     config: TrainingConfig = getattr(job.experiment, stage)
-    backend = prepare(job.device.device)
+    backend = prepare(job.device.device, job.device.memory_limit_gb)
+    verify(job.start_dir)
     policy = _load_start(job, config, backend)
+    needs = estimate(policy.model, _model_settings(policy), config, backend.memory_bytes)
+    log.info("memory: %s", needs)
+    require_memory(needs, config, backend.memory_bytes, stage)
     samples = SampleFiles(job.run_dir / "samples")
-    parts = _build(job, policy, config, samples, _token_budget(config, policy, backend))
-    run = _Run(job, stage, config, policy, parts.trainer, parts.watchdog)
+    parts = _build(job, policy, config, samples, needs.token_budget)
+    store = CheckpointStore(job.run_dir / "checkpoints", config.checkpoint)
+    run = _Run(job, stage, config, policy, parts.trainer, parts.watchdog, store)
     run.resume()
+    run.require_room(needs)
     run.fit(parts.evaluate)
-    return publish(run.store.chosen(), job, stage, samples.best_and_worst(job.experiment.monitoring.log_samples))
+    return store, samples
 
 
 @dataclass(frozen=True)
@@ -151,10 +178,7 @@ class _Run:
     policy: Policy
     trainer: BaseTrainer[Any]
     watchdog: Watchdog | None
-
-    @property
-    def store(self) -> CheckpointStore:
-        return CheckpointStore(self.job.run_dir / "checkpoints", self.config.checkpoint)
+    store: CheckpointStore
 
     def settings(self) -> Settings:
         """What the result depends on; a resume refuses to go on under other settings."""
@@ -174,19 +198,34 @@ class _Run:
         saved, skipped = self.store.newest()
         for reason in skipped:
             log.warning("checkpoint passed over: %s", reason)
+        self._require_the_same(0 if saved is None else saved.step)
         if saved is None:
             return
+        log.info("going on from step %d", saved.step)
         differing = self._differences(saved.state["settings"])
         if differing:
             raise ValueError(
                 f"{self.job.run_dir}: its checkpoint was made with other settings: {', '.join(differing)}; "
                 "set them back, or start a new run"
             )
+        _warn_of_other_versions(saved.state["versions"])
+        for fault in self.store.go_on_from(saved):
+            log.warning("pointer written anew: %s", fault)
         load_weights(self.policy, self.config, saved.path)
         restore_optimizer(self.trainer.optimizer, saved.path)
         self.trainer.restore(saved.step, saved.state["trainer"], trainer_arrays(saved.path))
         if self.watchdog is not None:
             self.watchdog.restore(saved.state["watchdog"])
+
+    def _require_the_same(self, step: int) -> None:
+        """`ValueError` where a rank would go on from another step, or with other settings, data or weights."""
+        first, *others = self.job.ranks.gather([{"step": step, "settings": digest(self.settings())}])
+        for rank, found in enumerate(others, 1):
+            if found != first:
+                raise ValueError(
+                    f"rank {rank} would go on with {found}, rank 0 with {first}; "
+                    "every machine needs the same artifacts folder, code and settings"
+                )
 
     def fit(self, evaluate: Callable[[int], Metrics]) -> None:
         every, steps = self.config.checkpoint.save_every, self.config.steps
@@ -199,10 +238,15 @@ class _Run:
                 raise ValueError(f"stopped after step {step}, as watchdog.stop says: {stops}")
 
         try:
-            self.trainer.fit(steps, report=self._report, save=save, evaluate=evaluate, shield=held_interrupts)
-        except Exception:
+            self.trainer.fit(
+                steps, report=self._report, save=save, evaluate=evaluate, shield=held_interrupts, inspect=self._inspect
+            )
+        except Exception as error:
+            if is_full(error):
+                raise self.store.full(self.trainer.completed, error) from error
             raise
         except BaseException:  # an interrupt: what was reached must not be lost
+            self.trainer.rewind()
             if self.trainer.resting and self.trainer.completed not in self.store.steps():
                 self.save({})
             raise
@@ -219,14 +263,53 @@ class _Run:
             return ""
         return "; ".join(str(symptom) for symptom in self.watchdog.lasting)
 
+    def require_room(self, needs: Footprint) -> None:
+        """`OSError` where the disk can't hold the checkpoints that are still to come."""
+        lora = isinstance(self.config.adapter, LoraAdapter)
+        checkpoint = self._weight_bytes() + needs.optimizer + needs.reference + needs.critic
+        # A whole model is published as links to its checkpoint.
+        self.store.require_room(self.config.steps, checkpoint, needs.weights if lora else 0)
+
+    def _weight_bytes(self) -> int:
+        lora, model = isinstance(self.config.adapter, LoraAdapter), self.policy.model
+        return tree_bytes(model.trainable_parameters() if lora else model.parameters())
+
+    def _inspect(self, name: str, arrays: Mapping[str, mx.array]) -> None:
+        """Keep the batch of a skipped update, of the first few of them."""
+        folder = self.job.run_dir / "nonfinite"
+        folder.mkdir(exist_ok=True)
+        log.warning("update %s skipped: its loss or gradient is not finite; see %s", name, folder)
+        if len(list(folder.iterdir())) < MAX_INSPECTED:
+            mx.save_safetensors(str(folder / f"{name}.safetensors"), dict(arrays))
+
     def save(self, metrics: Metrics) -> None:
+        if not self.job.ranks.is_writer:
+            return
+        if not finite(self.policy.model):
+            raise FloatingPointError(
+                f"step {self.trainer.completed}: the weights are not finite any more, so no checkpoint is written; "
+                "lower the learning rate and start a new run"
+            )
+        settings = self.settings()
         watched = None if self.watchdog is None else self.watchdog.state()
         with held_interrupts():
             self.store.save(
                 self.trainer.completed,
                 write_weights=lambda folder: save_weights(self.policy, self.config, folder),
+                weight_bytes=self._weight_bytes(),
                 optimizer=self.trainer.optimizer,
-                state={"settings": self.settings(), "trainer": self.trainer.committed, "watchdog": watched},
+                state={
+                    "settings": settings,
+                    "config_digest": digest(settings),
+                    "versions": versions(),
+                    # Relative, so that the artifacts can move.
+                    "base": {
+                        "path": os.path.relpath(self.job.start_dir, self.job.run_dir),
+                        "sha256": settings["start"],
+                    },
+                    "trainer": self.trainer.committed,
+                    "watchdog": watched,
+                },
                 metrics=metrics,
                 arrays=self.trainer.arrays(),
             )
@@ -235,6 +318,22 @@ class _Run:
         now = self.settings()
         others = [name for name in now if name != "config" and old.get(name) != now[name]]
         return [*others, *(f"{self.stage}.{field}" for field in changed_fields(old["config"], self.config))]
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run may depend on beside its settings."""
+    return {"python": platform.python_version(), **installed(PACKAGES)}
+
+
+def _warn_of_other_versions(then: Mapping[str, str]) -> None:
+    now = versions()
+    other = [
+        f"{name} {then.get(name)} -> {now.get(name)}"
+        for name in sorted({*then, *now})
+        if then.get(name) != now.get(name)
+    ]
+    if other:
+        log.warning("the run goes on with other versions, so its numbers may differ: %s", ", ".join(other))
 
 
 def save_weights(policy: Policy, config: TrainingConfig, folder: Path) -> None:
@@ -286,17 +385,8 @@ def _dtype(device: DeviceSettings, config: TrainingConfig, backend: Backend) -> 
     return DTYPES[backend.dtype] if isinstance(config.adapter, LoraAdapter) else mx.float32
 
 
-def _token_budget(config: TrainingConfig, policy: Policy, backend: Backend) -> int:
-    if config.tokens_per_microbatch is not None:
-        return config.tokens_per_microbatch
-    settings = json.loads((policy.path / "config.json").read_text(encoding="utf-8"))
-    suggested = suggest_token_budget(
-        backend.memory_bytes,
-        vocabulary=int(settings.get("vocab_size", 32_000)),
-        hidden=int(settings.get("hidden_size", 1024)),
-        layers=len(cast(Any, policy.model).layers),
-    )
-    return min(suggested, MAX_TOKEN_BUDGET)
+def _model_settings(policy: Policy) -> Settings:
+    return json.loads((policy.path / "config.json").read_text(encoding="utf-8"))
 
 
 def _build(job: Job, policy: Policy, config: TrainingConfig, samples: SampleFiles, token_budget: int) -> Parts:
@@ -321,6 +411,7 @@ def _build_sft(job: Job, policy: Policy, config: SFTConfig, token_budget: int) -
         take=Shuffled(len(train), experiment.seed).take,
         token_budget=token_budget,
         seed=experiment.seed,
+        ranks=job.ranks,
     )
     return Parts(trainer, trainer.validate, None)
 
@@ -335,7 +426,8 @@ def _build_policy(job: Job, policy: Policy, config: Reinforcement, samples: Samp
         weights=sampler.judge.weights,
         token_budget=token_budget,
         seed=job.experiment.seed,
-        keep=samples.write,
+        keep=samples.write if job.ranks.is_writer else lambda _: None,
+        ranks=job.ranks,
     )
     return Parts(trainer, held_out_reward(job, sampler, config), Watchdog(config.watchdog))
 
@@ -355,6 +447,7 @@ def make_rollouts(job: Job, policy: Policy, config: PolicyConfig, group_size: in
         group_size=group_size,
         judge=composer,
         seed=experiment.seed,
+        ranks=job.ranks,
     )
 
 
@@ -363,18 +456,23 @@ def held_out_reward(job: Job, sampler: Sampler, config: PolicyConfig) -> Callabl
     examples: Sequence[Example] = read_examples(job.dataset_dir, "test") if config.eval_every else []
     policy, greedy = sampler.policy, SamplingConfig(temperature=0.0, max_tokens=config.sampling.max_tokens)
 
+    def earned(tasks: Sequence[Task]) -> list[float]:
+        if not tasks:
+            return []
+        drawn = generate(
+            policy.model, [task.tokens for task in tasks], sampling=greedy, seeds=[0] * len(tasks), eos=policy.eos
+        )
+        texts = [completion_text(completion.tokens, policy.tokenizer, policy.eos) for completion in drawn]
+        scores = judge(sampler.judge, [task.example for task in tasks], texts, drawn, greedy.max_tokens)
+        return [score.total for score in scores if score.total is not None]
+
     def evaluate(step: int) -> Metrics:
         if config.eval_every is None or step % config.eval_every or not examples:
             return {}
         tasks, _ = make_tasks(
             examples[: config.eval_examples], job.experiment.prompt, policy.tokenizer, config.max_prompt_tokens
         )
-        drawn = generate(
-            policy.model, [task.tokens for task in tasks], sampling=greedy, seeds=[0] * len(tasks), eos=policy.eos
-        )
-        texts = [completion_text(completion.tokens, policy.tokenizer, policy.eos) for completion in drawn]
-        scores = judge(sampler.judge, [task.example for task in tasks], texts, drawn, greedy.max_tokens)
-        totals = [score.total for score in scores if score.total is not None]
+        totals = sampler.ranks.gather(earned(sampler.ranks.share(tasks)))
         return {"eval_reward": sum(totals) / len(totals)} if totals else {}
 
     return evaluate

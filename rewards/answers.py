@@ -12,9 +12,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from rewards import lm_eval
 from rewards.numbers import MAX_STATEMENT, has_digit, plain, read_bare_number, read_number
 
-EXTRACTOR_VERSION = "1"
+EXTRACTOR_VERSION = "2"
 """Changes whenever a verdict can change; reports carry it."""
 
 Mode = Literal["robust", "lm_eval_strict", "lm_eval_flexible"]
@@ -33,36 +34,57 @@ class Extraction:
     reason: str | None
 
 
-def extract_answer(text: str, mode: Mode = "robust", *, rules: Collection[str] | None = None) -> Extraction:
+def extract_answer(
+    text: str, mode: Mode = "robust", *, rules: Collection[str] | None = None, truncated: bool = False
+) -> Extraction:
     """The final answer of ``text``.
 
     ``rules`` restricts ``robust`` to some of ``RULES``: a reward pays only for the format that its prompt asked for.
+    Of a ``truncated`` text ``robust`` takes only what a finished line marks as the answer: what stands last in it is
+    an intermediate value, or half a number.
     """
-    if mode in LM_EVAL_FILTERS:
-        return _lm_eval_extraction(text, mode)
+    if mode in lm_eval.FILTERS:
+        value = lm_eval.extract(text, mode)
+        return Extraction(value, mode, None) if value is not None else Extraction(None, None, "no match")
     unknown = sorted(set(rules or ()) - set(RULES))
     if mode != "robust" or unknown:
-        modes = ["robust", *LM_EVAL_FILTERS]
+        modes = ["robust", *lm_eval.FILTERS]
         raise ValueError(f"mode {mode!r}, unknown rules {unknown}; modes are {modes}, rules are {[*RULES]}")
+    allowed = set(RULES if rules is None else rules)
+    if truncated:
+        text, allowed = text.rpartition("\n")[0], allowed - {"sentence"}
     try:
-        part = _answering_part(text)
+        return _last_commitment(_answering_part(_ending(text)), allowed)
     except ValueError as refusal:
         return Extraction(None, None, str(refusal))
-    return _last_commitment(part, RULES if rules is None else rules)
 
 
-def is_correct(text: str, gold: str, mode: Mode = "robust", *, ignore_percent: bool = False) -> bool:
+def is_correct(
+    text: str,
+    gold: str,
+    mode: Mode = "robust",
+    *,
+    question: str = "",
+    rules: Collection[str] | None = None,
+    truncated: bool = False,
+) -> bool:
     """Whether the final answer of ``text`` equals ``gold``; in ``robust`` a gold that is no number is a ValueError.
 
-    "25%" is not 25, unless the question asks for a percentage: the caller knows, and says ``ignore_percent``.
+    "25%" is 25 only where the ``question`` asks for a percentage. ``rules`` and ``truncated`` as in ``extract_answer``.
     """
-    value = extract_answer(text, mode).value
-    if mode in LM_EVAL_FILTERS:
-        return _lm_eval_normal("[invalid]" if value is None else value) == _lm_eval_normal(gold)
-    expected = canonical_gold(gold)
-    if value is None:
-        return False
-    return value == expected or (ignore_percent and value.removesuffix("%") == expected.removesuffix("%"))
+    value = extract_answer(text, mode, rules=rules, truncated=truncated).value
+    if mode in lm_eval.FILTERS:
+        return lm_eval.is_match(value, gold)
+    expected = comparable(canonical_gold(gold), question)
+    return value is not None and comparable(value, question) == expected
+
+
+def comparable(value: str, question: str) -> str:
+    """A ``robust`` value as answers to the question are compared: equal strings for equal answers."""
+    return value.removesuffix("%") if PERCENT.search(question) else value
+
+
+PERCENT = re.compile(r"percent|%", re.IGNORECASE)
 
 
 def canonical_gold(gold: str) -> str:
@@ -82,29 +104,6 @@ def gsm8k_gold(answer: str) -> str:
     return gold.strip()
 
 
-# --- lm-eval's gsm8k -------------------------------------------------------------------------------------
-
-LM_EVAL_STOP_STRINGS = ("Question:", "</s>", "<|im_end|>")
-LM_EVAL_FILTERS: Mapping[str, tuple[str, int]] = {
-    "lm_eval_strict": (r"#### (\-?[0-9\.\,]+)", 0),
-    "lm_eval_flexible": (r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1),
-}
-"""mode -> (pattern, which of its matches counts)."""
-
-
-def _lm_eval_extraction(text: str, mode: str) -> Extraction:
-    for stop in LM_EVAL_STOP_STRINGS:
-        text = text.partition(stop)[0]
-    pattern, position = LM_EVAL_FILTERS[mode]
-    matches = [match[0].removeprefix("#### ") for match in re.finditer(pattern, text)]
-    return Extraction(matches[position], mode, None) if matches else Extraction(None, None, "no match")
-
-
-def _lm_eval_normal(text: str) -> str:
-    text = text.replace(",", "").replace("$", "").rpartition("#### ")[2]
-    return re.sub(r"\.$", "", text).lower()
-
-
 # --- the part of a text that answers ---------------------------------------------------------------------
 
 END_OF_TURN = re.compile(
@@ -113,6 +112,15 @@ END_OF_TURN = re.compile(
 )
 RUN_ON = re.compile(r"Question ?\d*:|\n[ \t#*]*(?:Q|Problem|Instruction|Human|User)[ \t]*\d*[ \t]*:")
 THOUGHT = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|scratchpad)>", re.IGNORECASE)
+
+MAX_TEXT = 20_000
+"""Characters from the end that ``robust`` reads: it bounds the time that a text can take."""
+
+
+def _ending(text: str) -> str:
+    """The last ``MAX_TEXT`` characters; a thought that was open before them is open in them."""
+    thoughts = THOUGHT.findall(text[:-MAX_TEXT])
+    return ("<think>" if thoughts and not thoughts[-1] else "") + text[-MAX_TEXT:]
 
 
 def _answering_part(text: str) -> str:

@@ -41,6 +41,8 @@ class BaseReward(ABC):
     """
 
     Options: ClassVar[type[BaseModel]] = NoOptions
+    version: ClassVar[str] = "1"
+    """Change it whenever the same completion could get another score: reports are compared only where it agrees."""
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options

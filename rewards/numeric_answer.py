@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from pydantic import model_validator
 
 from configs.schema import Strict
-from rewards.answers import RULES, Mode, canonical_gold, extract_answer, is_correct
+from rewards.answers import EXTRACTOR_VERSION, RULES, Mode, canonical_gold, is_correct
 from rewards.base import BaseReward, Example, RewardRegistry
 from rewards.columns import column, gold
 
@@ -38,12 +38,14 @@ class NumericAnswer(BaseReward):
     """
 
     Options: ClassVar = NumericAnswerOptions
+    version: ClassVar[str] = EXTRACTOR_VERSION
     options: NumericAnswerOptions
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
         ids = columns.get("id", range(len(prompts)))
-        rows = zip(completions, column(columns, "answer"), ids, strict=True)
-        return [self._score(completion, gold(example, answer)) for completion, answer, example in rows]
+        cut = columns.get("truncated", [False] * len(prompts))
+        rows = zip(prompts, completions, column(columns, "answer"), ids, cut, strict=True)
+        return [self._score(text, gold(example, answer), prompt, cut) for prompt, text, answer, example, cut in rows]
 
     def validate(self, examples: Sequence[Example]) -> None:
         """`ValueError` for an answer that is not exactly one number."""
@@ -54,10 +56,7 @@ class NumericAnswer(BaseReward):
             except ValueError as error:
                 raise ValueError(f"example {example.id!r}: {error}") from error
 
-    def _score(self, completion: str, number: str) -> float:
-        return self.options.correct if self._is_correct(completion, number) else self.options.incorrect
-
-    def _is_correct(self, completion: str, number: str) -> bool:
-        if self.options.rules is None:
-            return is_correct(completion, number, self.options.mode)
-        return extract_answer(completion, rules=self.options.rules).value == canonical_gold(number)
+    def _score(self, completion: str, number: str, question: str, truncated: bool) -> float:
+        mode, rules = self.options.mode, self.options.rules
+        right = is_correct(completion, number, mode, question=question, rules=rules, truncated=truncated)
+        return self.options.correct if right else self.options.incorrect

@@ -18,6 +18,9 @@ from typing import Literal
 from rewards.program_names import bound_by, defines, has_own_return, is_real, unresolved, without_usage
 from rewards.program_text import Piece, Reader, answer_text, split_fences
 
+ASSEMBLER_VERSION = "1"
+"""Changes whenever the program made of a completion can change; reports carry it."""
+
 Mode = Literal["robust", "completion"]
 
 _FUTURE = re.compile(r"^from __future__ import .*$\n?", re.MULTILINE)

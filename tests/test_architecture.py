@@ -21,7 +21,11 @@ OUTSIDE = {
 }
 """Packages of others that only these of ours may import."""
 HEAVY = ("mlx", "mlx_lm", "mlx_ops", "datasets", "transformers", "wandb", "matplotlib", "pandas", "reasoning_gym")
-IMPORTS_HEAVY_PACKAGES_AT_ITS_TOP = {"pipeline/train.py"}
+MEETS_THE_WORLD = {"backend.py", "checkpoint.py", "distributed.py", "model.py", "row_cache.py"}
+"""Modules of `mlx_ops` whose business is the system, damaged files, lost connections, the hub, models of others."""
+LONGEST = 60
+"""Lines that a function stays under."""
+IMPORTS_HEAVY_PACKAGES_AT_ITS_TOP = {"pipeline/train.py", "pipeline/ranks.py", "pipeline/worker.py"}
 
 
 def modules(package: str) -> list[Path]:
@@ -101,10 +105,28 @@ def test_dagsters_config_can_resolve_its_annotations():
 
 
 def test_environment_variables_are_read_in_one_place():
-    hands_its_own_to_a_child = {"data/reasoning.py"}
+    hands_its_own_to_a_child = {"data/reasoning.py", "launch.py"}
     folder = ROOT / "pipeline"
     readers = {str(path.relative_to(folder)) for path in modules("pipeline") if "os.environ" in path.read_text("utf-8")}
-    assert readers - hands_its_own_to_a_child == {"definitions.py"}
+    assert readers - hands_its_own_to_a_child == {"definitions.py", "worker.py"}, "each is where a process begins"
+
+
+def test_nothing_that_computes_catches_an_exception():
+    catching = {
+        path.name for path in modules("mlx_ops") if any(isinstance(n, ast.ExceptHandler) for n in ast.walk(parse(path)))
+    }
+    assert catching <= MEETS_THE_WORLD
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_functions_stay_short(package):
+    functions = (
+        (node.end_lineno - node.lineno + 1, f"{path.relative_to(ROOT)} {node.name}")
+        for path in modules(package)
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno
+    )
+    assert [found for found in functions if found[0] >= LONGEST] == []
 
 
 def test_there_is_no_module_for_everything_else():

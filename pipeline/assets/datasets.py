@@ -5,6 +5,7 @@ import dagster as dg
 from pipeline.catalog import Entry
 from pipeline.guard import long_work
 from pipeline.keys import DATASETS_GROUP, dataset_key
+from pipeline.labels import as_yaml
 from pipeline.metadata import dataset_metadata, folder
 from pipeline.refs import DatasetRef
 from pipeline.resources import RunStore
@@ -20,6 +21,7 @@ def dataset_asset(entry: Entry) -> dg.AssetsDefinition:
         key=dataset_key(config.name),
         group_name=DATASETS_GROUP,
         kinds={config.train.kind},
+        metadata={"settings": as_yaml(config)},
         code_version=version,
         description=f"Examples of {config.name}: loaded, cleaned, deduplicated, split.",
     )

@@ -28,6 +28,7 @@ def leaderboard_asset(reports: Sequence[dg.AssetKey]) -> dg.AssetsDefinition:
     def leaderboard(context: dg.AssetExecutionContext, runs: RunStore) -> dg.MaterializeResult:
         from pipeline.evaluation.leaderboard import render_markdown, update_leaderboard
         from pipeline.evaluation.report_files import read_report
+        from pipeline.pages.render import LEADERBOARD_PAGE, write_pages
 
         refs = [ref for key in reports if (ref := find_ref(runs.directory, key, ReportRef)) is not None]
         gone = [ref.path for ref in refs if not runs.locate(ref.path).is_dir()]
@@ -35,7 +36,13 @@ def leaderboard_asset(reports: Sequence[dg.AssetKey]) -> dg.AssetsDefinition:
             context.log.warning(f"reports without their folder keep their old row: {gone}")
         found = [read_report(runs.locate(ref.path)) for ref in refs if ref.path not in gone]
         rows = update_leaderboard(found, runs.leaderboard)
-        table = dg.MetadataValue.md(render_markdown(rows))
-        return dg.MaterializeResult(metadata={"scores": table, "rows": len(rows), **folder("file", runs.leaderboard)})
+        write_pages(runs.directory, runs.leaderboard)
+        metadata = {
+            "scores": dg.MetadataValue.md(render_markdown(rows)),
+            "rows": len(rows),
+            **folder("file", runs.leaderboard),
+            **folder("page", runs.leaderboard.with_name(LEADERBOARD_PAGE)),
+        }
+        return dg.MaterializeResult(metadata=metadata)
 
     return leaderboard

@@ -10,6 +10,7 @@ from configs.schema import ScratchModel
 from pipeline.catalog import Entry
 from pipeline.guard import long_work
 from pipeline.keys import DEVICE_POOL, dataset_key, model_key, start_stage
+from pipeline.labels import labels
 from pipeline.launchpad import config_mapping
 from pipeline.metadata import folder, made_by
 from pipeline.ops import train
@@ -50,11 +51,10 @@ def _base(entry: Entry, ins: Mapping[str, dg.AssetIn]) -> Callable[[Callable[...
     return dg.asset(
         key=model_key(entry.experiment.name, "base"),
         ins=ins,
-        group_name=entry.experiment.name,
-        kinds={"mlx"},
+        kinds={"mlx", entry.experiment.model.kind},
         pool=DEVICE_POOL,
         code_version=base_version(entry.experiment),
-        description="The model that training starts from.",
+        **labels(entry, "base", "The model that training starts from.", entry.experiment.model),
     )
 
 
@@ -90,11 +90,10 @@ def trained_asset(entry: Entry, stage: str) -> dg.AssetsDefinition:
     @dg.graph_asset(
         key=model_key(experiment.name, stage),
         ins=ins,
-        group_name=experiment.name,
         kinds={"mlx", stage},
         config=config_mapping(entry, stage),
         code_version=stage_version(entry, stage),
-        description=DESCRIPTIONS[stage],
+        **labels(entry, stage, DESCRIPTIONS[stage], getattr(experiment, stage)),
     )
     def trained(start: CheckpointRef, dataset: DatasetRef) -> CheckpointRef:
         return train(start, dataset)

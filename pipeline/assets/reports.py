@@ -8,33 +8,40 @@ from configs.atomic import sha256
 from configs.schema import EvaluationConfig
 from pipeline.catalog import Entry
 from pipeline.guard import long_work
-from pipeline.keys import DEVICE_POOL, dataset_key, model_key, report_key
+from pipeline.keys import DEVICE_POOL, dataset_key, model_key, report_key, start_stage
+from pipeline.labels import labels
 from pipeline.metadata import folder, made_by
 from pipeline.refs import CheckpointRef, DatasetRef, ReportRef
 from pipeline.resources import MlxResource, RunStore
+from pipeline.verdicts import SCORE_KEPT, comparison_metadata, earlier, score_kept
 from pipeline.versions import report_version
 
 NEW_CHECKPOINT = dg.AutomationCondition.eager() & dg.AutomationCondition.all_deps_blocking_checks_passed()
 """Evaluate each new checkpoint that passed its blocking checks, where the automation sensor is on."""
+REPORT = dg.PythonObjectDagsterType(ReportRef)
+"""Said outright: beside checks Dagster reads no type out of the annotation."""
 
 
 def report_asset(entry: Entry, stage: str, evaluation: EvaluationConfig) -> dg.AssetsDefinition:
     """The report of one benchmark on one stage's model."""
     name = entry.experiment.name
+    key = report_key(name, stage, evaluation.key)
+    start = start_stage(entry.experiment, stage)
 
     @dg.asset(
-        key=report_key(name, stage, evaluation.key),
+        key=key,
         ins={
             "checkpoint": dg.AssetIn(model_key(name, stage)),
             "dataset": dg.AssetIn(dataset_key(entry.experiment.dataset.name)),
         },
-        group_name=name,
-        kinds={"mlx"},
+        kinds={"mlx", "report"},
         pool=DEVICE_POOL,
         retry_policy=dg.RetryPolicy(max_retries=1, delay=1),
         code_version=report_version(entry, stage, evaluation),
         automation_condition=NEW_CHECKPOINT,
-        description=f"{evaluation.benchmark} of the {stage} model.",
+        dagster_type=REPORT,
+        check_specs=[dg.AssetCheckSpec(SCORE_KEPT, asset=key, description="Not significantly below the last report.")],
+        **labels(entry, stage, f"{evaluation.benchmark} of the {stage} model.", evaluation),
     )
     def report(
         context: dg.AssetExecutionContext,
@@ -42,10 +49,12 @@ def report_asset(entry: Entry, stage: str, evaluation: EvaluationConfig) -> dg.A
         dataset: DatasetRef,
         runs: RunStore,
         mlx: MlxResource,
-    ) -> dg.MaterializeResult[ReportRef]:
+    ) -> dg.MaterializeResult:
         directory = runs.report_dir(name, f"{stage}_{evaluation.key}", context.run)
         with long_work("no report was written"):
             ref = _evaluate(entry, evaluation, checkpoint, dataset, directory, runs, mlx)
+        last = earlier(runs, key, directory)
+        starts = None if start == stage else earlier(runs, report_key(name, start, evaluation.key), directory)
         page = (directory / "report.md").read_text(encoding="utf-8")
         metadata = {
             "score": ref.score,
@@ -53,11 +62,17 @@ def report_asset(entry: Entry, stage: str, evaluation: EvaluationConfig) -> dg.A
             "high": ref.high,
             "n": ref.n,
             "metric": ref.metric,
+            **comparison_metadata(directory, {"last report": last, start: starts}),
             "report": dg.MetadataValue.md(page),
             **folder("report_dir", directory),
             **made_by(),
         }
-        return dg.MaterializeResult(value=ref, metadata=metadata, data_version=dg.DataVersion(ref.sha256))
+        return dg.MaterializeResult(
+            value=ref,
+            metadata=metadata,
+            check_results=[score_kept(key, last, directory)],
+            data_version=dg.DataVersion(ref.sha256),
+        )
 
     return report
 

@@ -8,6 +8,7 @@ import gzip
 import json
 import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from rewards.base import NoOptions
 
 MAX_LINE_BYTES = 64 * 2**20
 EXCERPT_CHARACTERS = 120
+MAX_DEPTH = 64
+"""Lists and objects inside each other. How deep Python could follow depends on who calls it."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,9 @@ class JsonlLoader(BaseLoader):
         return {"sha256": sha256(self._path())}
 
     def _path(self) -> Path:
-        path = Path(self.options.path).expanduser()
+        path = local_path(self.options.path)
         if not path.is_file():
-            raise ValueError(f"{self.name}: no such file")
+            raise ValueError(f"{self.name}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
         return path
 
     def _lines(self, stream: IO[bytes] | gzip.GzipFile) -> Iterator[Record | Rejected]:
@@ -137,8 +140,8 @@ class JsonlLoader(BaseLoader):
             try:
                 raw = stream.readline(MAX_LINE_BYTES)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                yield Rejected(self.name, number, "gzip damaged", f"{error}; what follows is lost", "")
-                return
+                # Not a bad row: nobody knows how many rows are missing.
+                raise ValueError(f"{self.name}: line {number}: gzip damaged or cut short: {error}") from error
             if not raw:
                 return
             if len(raw) == MAX_LINE_BYTES and not raw.endswith(b"\n"):
@@ -156,13 +159,46 @@ def parse_line(raw: bytes, file: str, number: int) -> Record | Rejected:
     except UnicodeDecodeError as error:
         return Rejected(file, number, "not UTF-8", f"byte {error.start + 1} of the line: {error.reason}", excerpt(raw))
     try:
-        values = json.loads(text, parse_constant=_refuse_constant)
+        values = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_doubled)
+        _refuse_depth(values)
     except (ValueError, RecursionError) as error:
         ending = "" if raw.endswith(b"\n") else "; the file ends in this line: cut short?"
         return Rejected(file, number, "malformed JSON", f"{error}{ending}", excerpt(text))
     if not isinstance(values, dict):
         return Rejected(file, number, "not an object", f"expected {{…}}, got a {type(values).__name__}", excerpt(text))
     return Record(values, file, number)
+
+
+def local_path(text: str) -> Path:
+    """The path that a setting names. `ValueError` for one that no file can have."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    # RuntimeError: the home of somebody who isn't here.
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{text[:EXCERPT_CHARACTERS]}: no such file: {error}") from error
+    return path
+
+
+def _refuse_doubled(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        doubled = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {doubled!r} stands twice")
+    return values
+
+
+def _refuse_depth(values: Any) -> None:
+    layer = [values]
+    for _ in range(MAX_DEPTH):
+        layer = [
+            item
+            for value in layer
+            if isinstance(value, dict | list)
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]
+    if layer:
+        raise ValueError(f"more than {MAX_DEPTH} levels of lists and objects")
 
 
 def _refuse_constant(constant: str) -> NoReturn:
@@ -185,7 +221,14 @@ class HuggingFaceLoader(BaseLoader):
         return f"{self.options.path}{subset}[{self.options.split}]"
 
     def rows(self) -> Iterator[Record | Rejected]:
-        for number, values in enumerate(self._dataset(), start=1):
+        rows, number = iter(self._dataset()), 0
+        while True:
+            number += 1
+            # Whatever a codec of images or sound says to a damaged file.
+            with PluginFault(ValueError, f"{self.name}: row {number} can't be read"):
+                values = next(rows, None)
+            if values is None:
+                return
             yield Record(values, self.name, number)
 
     def provenance(self) -> dict[str, str | int]:
@@ -194,14 +237,14 @@ class HuggingFaceLoader(BaseLoader):
     def _dataset(self) -> Any:
         path = self.options.path
         local = path.startswith((".", "/", "~"))
-        if local and not Path(path).expanduser().exists():
+        if local and not local_path(path).exists():
             raise ValueError(f"{self.name}: no such file or folder")
         import datasets
         from datasets.exceptions import DatasetsError
 
         try:
             return datasets.load_dataset(
-                str(Path(path).expanduser()) if local else path,
+                str(local_path(path)) if local else path,
                 self.options.subset,
                 split=self.options.split,
                 revision=self.options.revision,

@@ -88,6 +88,8 @@ def read_source(
         loader = make_loader(source)
         provenance = loader.provenance()
         read = list(_read(loader, columns_of(config.fields, source), config))
+        if loader.provenance() != provenance:
+            raise ValueError(f"{loader.name}: changed while it was read; start again once it is whole")
     except ValueError as error:
         raise ValueError(f"dataset {config.name!r}: {split}: {error}") from error
     usable = [row for row in read if isinstance(row, Usable)]

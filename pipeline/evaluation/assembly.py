@@ -59,9 +59,10 @@ def task_sha256(problems: Sequence[Problem]) -> str:
 
 
 def _asked(problem: Problem) -> list[Any]:
+    from mlx_ops.prompts import prompt_text
+
     messages = [dict(message) for message in problem.example.messages or ()]
-    text = [problem.example.prompt, messages, problem.prompt.template, problem.prefix]
-    return [problem.id, *text, problem.reference]
+    return [problem.id, prompt_text(problem.example, problem.prompt), messages, problem.prefix, problem.reference]
 
 
 def _task_info(run: Finished) -> TaskInfo:

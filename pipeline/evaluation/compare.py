@@ -117,3 +117,17 @@ def _compared(first: str, second: str, metric: Metric, pairs: Sequence[tuple[flo
 def label(report: EvaluationReport) -> str:
     """`quickstart/grpo at step 200`."""
     return f"{report.experiment}/{report.model.stage} at step {report.model.step}"
+
+
+def changed_items(
+    first: Sequence[Item], second: Sequence[Item], metric: str
+) -> tuple[list[tuple[Item, Item]], list[tuple[Item, Item]]]:
+    """The problems that the second model scores higher on, and those that it scores lower on, each as both saw it."""
+    before = {item.id: item for item in first}
+    gained: list[tuple[Item, Item]] = []
+    lost: list[tuple[Item, Item]] = []
+    for after in second:
+        old, new = before[after.id].scores.get(metric) if after.id in before else None, after.scores.get(metric)
+        if old is not None and new is not None and old != new:
+            (gained if new > old else lost).append((before[after.id], after))
+    return gained, lost

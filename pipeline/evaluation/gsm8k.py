@@ -13,7 +13,6 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, NonNegativeInt, PositiveInt, model_validator
 
-from configs.atomic import sha256
 from configs.schema import EvaluationConfig, PromptConfig, Strict
 from pipeline.evaluation.base import (
     BaseEvaluator,
@@ -27,16 +26,13 @@ from pipeline.evaluation.base import (
 )
 from pipeline.evaluation.gsm8k_questions import Question, question_of, questions_in, worked_solution
 from pipeline.evaluation.report import DatasetInfo, ExtractionInfo
-from pipeline.evaluation.rows import read_rows
+from pipeline.evaluation.rows import Rows, read_rows
 from pipeline.evaluation.statistics import maj_at_k, pass_at_k
 from pipeline.evaluation.worked_examples import WORKED_EXAMPLES
+from rewards import lm_eval
 from rewards.answers import (
     EXTRACTOR_VERSION,
-    LM_EVAL_FILTERS,
-    LM_EVAL_STOP_STRINGS,
-    RULES,
-    Extraction,
-    canonical_gold,
+    comparable,
     extract_answer,
     is_correct,
 )
@@ -52,16 +48,15 @@ COT_STOP_STRINGS = ("Q:", "</s>", "<|im_end|>")
 CHAT_TEMPLATE = (
     "{prompt}\n\nThink step by step. Write the final answer on a line of its own at the end, in the form\n#### <number>"
 )
-MARKED_RULES = frozenset(RULES) - {"sentence"}
 
 
 class GSM8KOptions(Strict):
     protocol: Protocol = "zero_shot_chat"
     """How the model is asked; `docs/evaluation.md` describes each."""
     path: str | None = None
-    """GSM8K's test file (JSON lines of question and answer); None takes the test split of the experiment's dataset."""
+    """GSM8K's test file, JSON lines of question and answer, or `openai/gsm8k`; None is the experiment's test split."""
     train_path: str | None = None
-    """Where completion_5shot draws its examples from; None takes the train split of the experiment's dataset."""
+    """Where completion_5shot draws its examples from, as `path`; None is the experiment's train split."""
     shots_path: str | None = None
     """The worked examples of cot_8shot: JSON lines of question and target."""
     few_shot_seed: NonNegativeInt = 1234
@@ -97,10 +92,19 @@ class GSM8K(BaseEvaluator):
             )
 
     def prepare(self) -> None:
-        for name in ("path", "train_path", "shots_path"):
-            value = getattr(self.options, name)
-            if value is not None:
-                existing_file(value, f"{self.where}: options.{name}")
+        for name, rows in (("path", self._test_rows), ("train_path", self._train_rows)):
+            if rows is not None:
+                rows.check(f"{self.where}: options.{name}")
+        if self.options.shots_path is not None:
+            existing_file(self.options.shots_path, f"{self.where}: options.shots_path")
+
+    @property
+    def _test_rows(self) -> Rows | None:
+        return None if self.options.path is None else Rows(self.options.path, "main", "test")
+
+    @property
+    def _train_rows(self) -> Rows | None:
+        return None if self.options.train_path is None else Rows(self.options.train_path, "main", "train")
 
     # ---- what is asked ----
 
@@ -116,8 +120,8 @@ class GSM8K(BaseEvaluator):
         return list(ask[self.options.protocol](questions))
 
     def _questions(self) -> list[Question]:
-        if self.options.path is not None:
-            return questions_in(Path(self.options.path).expanduser(), "test")
+        if self._test_rows is not None:
+            return questions_in(self._test_rows)
         if not self.context.test:
             raise ValueError(
                 f"evaluation {self.evaluation.key!r}: options.path: the experiment's dataset has no test split"
@@ -134,8 +138,8 @@ class GSM8K(BaseEvaluator):
             yield self._raw(question, f"{text}Question: {question.text}\nAnswer:", tuple(shot.id for shot in shots))
 
     def _pool(self) -> list[Question]:
-        if self.options.train_path is not None:
-            return questions_in(Path(self.options.train_path).expanduser(), "train")
+        if self._train_rows is not None:
+            return questions_in(self._train_rows)
         pool = [question_of(example, worked_solution(example)) for example in self.context.train]
         if len(pool) < SHOTS:
             raise ValueError(
@@ -170,10 +174,10 @@ class GSM8K(BaseEvaluator):
     # ---- what it is worth ----
 
     def grade(self, problem: Problem, outputs: Sequence[Output]) -> ItemResult:
-        gold = problem.reference or ""
-        percent = re.search(r"percent|%", problem.data["question"], re.IGNORECASE) is not None
-        grades = tuple(self._grade_one(output, gold, percent) for output in outputs)
-        votes = [_vote(grade.extracted["robust"], percent) for grade in grades]
+        gold, question = problem.reference or "", problem.question
+        grades = tuple(self._grade_one(output, gold, question) for output in outputs)
+        found = [grade.extracted["robust"] for grade in grades]
+        votes = [None if value is None else comparable(value, question) for value in found]
         right = [grade.scores["robust"] == 1 for grade in grades]
         several = {}
         for k in self._ks:
@@ -181,11 +185,11 @@ class GSM8K(BaseEvaluator):
             several[f"pass@{k}"] = pass_at_k(len(right), sum(right), k)
         return ItemResult(mean_scores(grades) | several, grades)
 
-    def _grade_one(self, output: Output, gold: str, percent: bool) -> Grade:
-        found, strict = robust_answer(output), self._strict(output.text)
-        correct = found.value is not None and _vote(found.value, percent) == _vote(canonical_gold(gold), percent)
+    def _grade_one(self, output: Output, gold: str, question: str) -> Grade:
+        found, strict = extract_answer(output.text, truncated=output.truncated), self._strict(output.text)
+        right = is_correct(output.text, gold, question=question, truncated=output.truncated)
         scores = {
-            "robust": float(correct),
+            "robust": float(right),
             "strict": float(self._strict_correct(output.text, strict, gold)),
             "flexible": float(is_correct(output.text, gold, "lm_eval_flexible")),
             "unparseable": float(found.value is None),
@@ -234,7 +238,7 @@ class GSM8K(BaseEvaluator):
     def stop(self) -> tuple[str, ...]:
         if self._is_cot:
             return COT_STOP_STRINGS
-        return LM_EVAL_STOP_STRINGS if self.options.protocol == "completion_5shot" else ()
+        return lm_eval.STOP_STRINGS if self.options.protocol == "completion_5shot" else ()
 
     @property
     def few_shot_seed(self) -> int | None:
@@ -244,8 +248,8 @@ class GSM8K(BaseEvaluator):
     def extraction(self) -> ExtractionInfo:
         rules = {
             "robust": "rewards.answers robust",
-            "strict": COT_STRICT if self._is_cot else LM_EVAL_FILTERS["lm_eval_strict"][0],
-            "flexible": LM_EVAL_FILTERS["lm_eval_flexible"][0],
+            "strict": COT_STRICT if self._is_cot else lm_eval.FILTERS["lm_eval_strict"][0],
+            "flexible": lm_eval.FILTERS["lm_eval_flexible"][0],
         }
         return ExtractionInfo(name="rewards.answers", version=EXTRACTOR_VERSION, rules=rules)
 
@@ -266,24 +270,12 @@ class GSM8K(BaseEvaluator):
         return tuple(note for note, applies in facts.items() if applies)
 
     def _draws_as_lm_eval(self) -> bool:
-        path = self.options.train_path
-        known = path is not None and sha256(Path(path).expanduser()) == LM_EVAL_TRAIN_SHA256
+        rows = self._train_rows
+        known = rows is not None and (rows.revision is not None or rows.sha256() == LM_EVAL_TRAIN_SHA256)
         return known and self.options.few_shot_seed == 1234
 
     def dataset(self) -> DatasetInfo:
-        if self.options.path is None:
+        rows = self._test_rows
+        if rows is None:
             return self.context.dataset
-        return DatasetInfo(name="gsm8k", sha256=sha256(Path(self.options.path).expanduser()), split="test")
-
-
-def robust_answer(output: Output) -> Extraction:
-    """The answer of a completion; of one that was cut, only what a finished line marks as the answer."""
-    if not output.truncated:
-        return extract_answer(output.text)
-    finished = output.text.rpartition("\n")[0]
-    return extract_answer(finished, rules=MARKED_RULES)
-
-
-def _vote(value: str | None, percent: bool) -> str | None:
-    """Equal for equal answers; where the question asks for a percentage, 25% is 25."""
-    return value.rstrip("%") if value is not None and percent else value
+        return DatasetInfo(name="gsm8k", revision=rows.revision, sha256=rows.sha256(), split="test")

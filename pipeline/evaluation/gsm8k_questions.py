@@ -1,10 +1,9 @@
 """GSM8K's questions and solutions, out of its own files or out of an experiment's dataset."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from pipeline.evaluation.rows import read_rows
+from pipeline.evaluation.rows import Rows
 from rewards.answers import canonical_gold, gsm8k_gold
 from rewards.base import Example
 
@@ -26,10 +25,10 @@ class Question:
         return self.solution.strip()
 
 
-def questions_in(file: Path, split: str) -> list[Question]:
-    """The lines of one of GSM8K's files, named `test/0`, `test/1`, …"""
-    rows = read_rows(file, ("question", "answer"))
-    return [Question(f"{split}/{place}", str(row["question"]), str(row["answer"])) for place, row in enumerate(rows)]
+def questions_in(rows: Rows) -> list[Question]:
+    """GSM8K's rows, named `test/0`, `test/1`, …"""
+    found = enumerate(rows.read(("question", "answer")))
+    return [Question(f"{rows.split}/{place}", str(row["question"]), str(row["answer"])) for place, row in found]
 
 
 def question_of(example: Example, solution: str | None) -> Question:

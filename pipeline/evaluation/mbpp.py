@@ -5,17 +5,15 @@ The data is Google's, under CC-BY-4.0 (the repository that holds it: Apache-2.0)
 
 import ast
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
-from configs.atomic import sha256
 from configs.schema import PromptConfig
-from pipeline.evaluation.base import EvaluatorRegistry, Output, Problem, existing_file
+from pipeline.evaluation.base import EvaluatorRegistry, Output, Problem
 from pipeline.evaluation.programs import ProgramEvaluator, ProgramOptions
 from pipeline.evaluation.report import DatasetInfo
-from pipeline.evaluation.rows import read_rows
+from pipeline.evaluation.rows import Rows
 from rewards import programs
 from rewards.base import Example
 
@@ -34,7 +32,7 @@ CHAT = "{text}\n\nYour code should pass these tests:\n\n```python\n{tests}\n```\
 
 class MBPPOptions(ProgramOptions):
     path: str
-    """mbpp.jsonl, or sanitized-mbpp.json."""
+    """mbpp.jsonl, sanitized-mbpp.json, or `google-research-datasets/mbpp`."""
     protocol: Literal["completion_3shot", "chat"] = "completion_3shot"
     """How the model is asked; `docs/evaluation.md` describes each."""
     split: Literal["test", "all"] = "test"
@@ -50,17 +48,19 @@ class MBPP(ProgramEvaluator):
     options: MBPPOptions
 
     def prepare(self) -> None:
-        existing_file(self.options.path, f"{self.where}: options.path")
+        self._rows.check(f"{self.where}: options.path")
         super().prepare()
 
     def problems(self) -> list[Problem]:
-        rows = read_rows(self._file, ("task_id", "code", "test_list"))
+        rows = self._rows.read(("task_id", "code", "test_list"))
         chosen = [row for row in rows if self.options.split == "all" or row["task_id"] in TEST_IDS]
         if self.options.protocol == "chat":
             return [self._chat(row) for row in chosen]
         shots = [row for row in rows if row["task_id"] in SHOT_IDS]
         if len(shots) < len(SHOT_IDS):
-            raise ValueError(f"{self._file}: completion_3shot shows tasks {SHOT_IDS}, and not all of them are there")
+            raise ValueError(
+                f"{self.options.path}: completion_3shot shows tasks {SHOT_IDS}, and not all of them are there"
+            )
         return [self._completion(row, shots) for row in chosen]
 
     def _completion(self, row: Mapping[str, Any], shots: Sequence[Mapping[str, Any]]) -> Problem:
@@ -84,8 +84,8 @@ class MBPP(ProgramEvaluator):
         return "\n".join([*filter(None, setup), *row["test_list"]]), entry_point(row)
 
     @property
-    def _file(self) -> Path:
-        return Path(self.options.path).expanduser()
+    def _rows(self) -> Rows:
+        return Rows(self.options.path, "full", "prompt+test+validation+train")
 
     @property
     def protocol(self) -> str:
@@ -96,8 +96,9 @@ class MBPP(ProgramEvaluator):
         return (DONE,) if self.options.protocol == "completion_3shot" else ()
 
     def dataset(self) -> DatasetInfo:
-        name = self._file.name.partition(".")[0]
-        return DatasetInfo(name=name, sha256=sha256(self._file), split=self.options.split)
+        rows = self._rows
+        name = rows.file.name.partition(".")[0]
+        return DatasetInfo(name=name, revision=rows.revision, sha256=rows.sha256(), split=self.options.split)
 
 
 def _text(row: Mapping[str, Any]) -> str:

@@ -6,30 +6,23 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, PositiveFloat, PositiveInt
+from pydantic import BaseModel, PositiveInt
 
-from configs.schema import EvaluationConfig, Strict
+from configs.schema import EvaluationConfig
 from pipeline.evaluation.base import GRADING_FAULTS, BaseEvaluator, Grade, ItemResult, Output, Problem, mean_scores
 from pipeline.evaluation.report import ExecutorInfo, ExtractionInfo, Status
 from pipeline.evaluation.statistics import pass_at_k
-from rewards.sandbox import Job, Judge, Limits, Verdict
+from rewards.programs import ASSEMBLER_VERSION
+from rewards.sandbox import Job, Judge, JudgeOptions, Verdict, refuse_sandbox_errors
 
 PASSED = "passed"
-_BROKEN_TEST = "the test "
-"""How the judge begins the detail of a `sandbox_error` that is the test's fault, whatever the machine does."""
 
 
-class ProgramOptions(Strict):
+class ProgramOptions(JudgeOptions):
     k: tuple[PositiveInt, ...] = (1,)
     """Which pass@k to report; the first is the headline."""
     extraction: Literal["robust", "plain"] = "robust"
     """`robust` makes a program of a completion of any shape; `plain` joins prompt and completion, as the origin."""
-    timeout_seconds: PositiveFloat = 3.0
-    """Of one program with its tests, from the start of its own run."""
-    workers: PositiveInt | None = None
-    """Programs that run at once; None takes the processors there are."""
-    unsafe_no_sandbox: bool = False
-    """Where no sandbox works, run what a model wrote without one."""
 
 
 class ProgramEvaluator(BaseEvaluator):
@@ -58,13 +51,13 @@ class ProgramEvaluator(BaseEvaluator):
 
     def prepare(self) -> None:
         """Finds a sandbox and lets it prove itself, before anything is generated."""
-        with self._judge() as judge:
+        with self.options.judge() as judge:
             if not self.options.unsafe_no_sandbox:
                 judge.self_test()
 
     def grade_all(self, problems: Sequence[Problem], outputs: Sequence[Sequence[Output]]) -> list[ItemResult]:
         jobs = [self._jobs(problem, samples) for problem, samples in zip(problems, outputs, strict=True)]
-        verdicts = self._run(list(dict.fromkeys(job for found in jobs if not isinstance(found, str) for job in found)))
+        verdicts = self._run([job for found in jobs if not isinstance(found, str) for job in found])
         return [
             ItemResult({}, (), found)
             if isinstance(found, str)
@@ -83,16 +76,12 @@ class ProgramEvaluator(BaseEvaluator):
             return f"{type(error).__name__}: {error}"
 
     def _run(self, jobs: list[Job]) -> dict[Job, Verdict]:
-        """Each distinct program runs once. `RuntimeError` where the sandbox failed, which is nobody's score."""
-        with self._judge() as judge:
+        """The verdict on each job. `RuntimeError` where the sandbox failed, which is nobody's score."""
+        with self.options.judge() as judge:
             self._executor = self._executor_info(judge)
             verdicts = judge.check_all(jobs)
-        refuse_sandbox_errors(verdicts, self.where)
+        refuse_sandbox_errors(verdicts)
         return dict(zip(jobs, verdicts, strict=True))
-
-    def _judge(self) -> Judge:
-        limits = Limits(wall_seconds=self.options.timeout_seconds)
-        return Judge(limits, workers=self.options.workers, unsafe_no_sandbox=self.options.unsafe_no_sandbox)
 
     def _executor_info(self, judge: Judge) -> ExecutorInfo:
         python = ".".join(platform.python_version_tuple()[:2])
@@ -123,22 +112,14 @@ class ProgramEvaluator(BaseEvaluator):
     @property
     def extraction(self) -> ExtractionInfo:
         rule = "rewards.programs.assemble" if self.options.extraction == "robust" else "prompt + completion"
-        return ExtractionInfo(name=self.options.extraction, version=self.version, rules={PASSED: rule})
-
-
-def refuse_sandbox_errors(verdicts: Sequence[Verdict], where: str) -> None:
-    """`RuntimeError` for a sandbox that failed, and failed again. A test that can't be judged is not its fault."""
-    for verdict in verdicts:
-        if verdict.status == "sandbox_error" and not verdict.detail.startswith(_BROKEN_TEST):
-            raise RuntimeError(f"{where}: the sandbox failed twice: {verdict.detail}")
+        return ExtractionInfo(name=self.options.extraction, version=ASSEMBLER_VERSION, rules={PASSED: rule})
 
 
 def _status(verdict: Verdict) -> Status:
     """A program that is no Python is `unparseable`; one that took its interpreter with it has `crashed`."""
-    if verdict.status == "timeout":
-        return "timeout"
-    if verdict.status == "sandbox_error":
-        return "unjudged"
-    if "SyntaxError" in verdict.detail or "IndentationError" in verdict.detail:
-        return "unparseable"
-    return "crashed" if "WorkerLostError" in verdict.detail else "graded"
+    match verdict.kind:
+        case "timeout" | "unparseable" | "crashed":
+            return verdict.kind
+        case "broken_test":
+            return "unjudged"
+    return "graded"

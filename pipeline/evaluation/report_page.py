@@ -13,9 +13,9 @@ def markdown(report: EvaluationReport, items: Sequence[Item]) -> str:
         f"**{head.name} {format_score(head)}** on {head.n} problems; protocol `{report.task.protocol}`.",
         "\n".join(f"> {warning}" for warning in report.warnings),
         _score_table(report.metrics),
-        _facts("Conditions", _condition_rows(report)),
+        _facts("Conditions", condition_rows(report)),
         _examples(report, items),
-        _facts("Provenance", _provenance_rows(report)),
+        _facts("Provenance", provenance_rows(report)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -44,7 +44,8 @@ def _cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", "\\n")
 
 
-def _condition_rows(report: EvaluationReport) -> dict[str, object]:
+def condition_rows(report: EvaluationReport) -> dict[str, object]:
+    """What the score was measured under, in words; empty values are to be left out."""
     generation, prompt, counts = report.generation, report.prompt, report.counts
     dataset = report.dataset
     return {
@@ -69,7 +70,8 @@ def _condition_rows(report: EvaluationReport) -> dict[str, object]:
     }
 
 
-def _provenance_rows(report: EvaluationReport) -> dict[str, object]:
+def provenance_rows(report: EvaluationReport) -> dict[str, object]:
+    """What made the score, in words; empty values are to be left out."""
     made, timing = report.provenance, report.timing
     rows: dict[str, object] = {"checkpoint": f"`{report.model.path}`", "sha256": report.model.sha256}
     if made is not None:

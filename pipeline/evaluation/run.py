@@ -1,7 +1,8 @@
 """An evaluation from policy to report: problems, completions, verdicts, means, files."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +27,10 @@ from pipeline.evaluation.tally import Finished
 
 BUILT_IN = (gsm8k.GSM8K, held_out.HeldOut, humaneval.HumanEval, mbpp.MBPP)
 
-__all__ = ["BUILT_IN", "EvaluationContext", "EvaluatorRegistry", "check_evaluation", "evaluate"]
+ShowProgress = Callable[[str, int], AbstractContextManager[Progress]]
+"""Of an evaluation's name and its rows: what is told of the rows while they are drawn; `pipeline.progress.drawing`."""
+
+__all__ = ["BUILT_IN", "EvaluationContext", "EvaluatorRegistry", "ShowProgress", "check_evaluation", "evaluate"]
 
 
 def check_evaluation(evaluation: EvaluationConfig) -> None:
@@ -46,7 +50,7 @@ def evaluate(
     context: EvaluationContext,
     directory: Path,
     generate: Generate | None = None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> EvaluationReport:
     """Put the benchmark to the policy, and the report into `directory`.
 
@@ -85,14 +89,16 @@ def _draw(
     evaluator: BaseEvaluator,
     problems: Sequence[Problem],
     generate: Generate | None,
-    progress: Progress | None,
+    progress: ShowProgress | None,
 ) -> Drawing:
     if generate is None:
         from mlx_ops.generation import generate as engine
 
         generate = engine
-    seed, stop = evaluator.context.seed, evaluator.stop
-    return draw(policy, problems, evaluator.evaluation, seed=seed, stop=stop, generate=generate, progress=progress)
+    config, seed, stop = evaluator.evaluation, evaluator.context.seed, evaluator.stop
+    showing = nullcontext() if progress is None else progress(config.key, len(problems) * config.samples)
+    with showing as told:
+        return draw(policy, problems, config, seed=seed, stop=stop, generate=generate, progress=told)
 
 
 def _grade(

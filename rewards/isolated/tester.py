@@ -29,6 +29,8 @@ _MODULES = (
 # The first two would end a loop of the test and not the test; the others want more than a message.
 _NOT_RAISED = (StopIteration, StopAsyncIteration, UnicodeError, BaseExceptionGroup)
 
+_SYNTAX_ERRORS = ("SyntaxError", "IndentationError", "TabError")
+
 
 class BrokenTestError(BaseException):
     """The test can't be judged, whatever the candidate does."""
@@ -36,6 +38,10 @@ class BrokenTestError(BaseException):
 
 class CandidateError(Exception):
     """What the candidate raised has no builtin class that may be raised here, or its value can't be used."""
+
+
+class UnparseableError(CandidateError):
+    """The program is not Python."""
 
 
 class WorkerLostError(BaseException):
@@ -59,8 +65,9 @@ class Proxy:
         """Have the program run. What it raises is raised as `CandidateError`."""
         reply = self._exchange(program)
         if "error" in reply:
-            _, name, message = _error_of(reply)
-            raise CandidateError(f"{name}: {message}")
+            builtin, name, message = _error_of(reply)
+            kind = UnparseableError if builtin in _SYNTAX_ERRORS else CandidateError
+            raise kind(f"{name}: {message}")
 
     def function(self, name: str) -> Callable[..., Any]:
         """A stand-in for the candidate's function of that name."""
@@ -169,31 +176,33 @@ def namespace_for(code: CodeType, entry_point: str, proxy: Proxy) -> dict[str, A
 
 
 def run(job: dict[str, Any], proxy: Proxy) -> dict[str, Any]:
-    """The verdict on a job: `status` passed, failed or broken, `detail`, and the `share` of its asserts that hold."""
+    """The verdict on a job: whether it `passed`, its `kind`, `detail`, and the `share` of its asserts that hold."""
     try:
         source = counted(job["test"]) if job["every_assert"] else job["test"]
         code = compile(source, TEST_FILE, "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
-        return _verdict("broken", f"the test is not Python: {error}")
+        return _failed("broken_test", f"the test is not Python: {error}")
     asserts = Asserts()
     try:
         _execute(code, job, proxy, asserts)
     except (BrokenTestError, SystemExit) as error:
-        return _verdict("broken", f"the test can't be judged: {type(error).__name__}: {error}")
+        return _failed("broken_test", f"the test can't be judged: {type(error).__name__}: {error}")
+    except UnparseableError as error:
+        return _failed("unparseable", str(error))
     except (Exception, WorkerLostError) as error:  # noqa: BLE001 (whatever a test raises fails the candidate)
-        return _verdict("failed", describe(error, job["test"]), lost=bool(proxy.lost))
+        return _failed("crashed" if proxy.lost else "judged", describe(error, job["test"]))
     share = asserts.passed / max(asserts.total, 1)
     if proxy.lost:
-        return _verdict("failed", proxy.lost, share, lost=True)
+        return _failed("crashed", proxy.lost, share)
     if asserts.passed < asserts.total:
-        return _verdict("failed", f"{asserts.passed} of {asserts.total} asserts hold", share)
+        return _failed("judged", f"{asserts.passed} of {asserts.total} asserts hold", share)
     if proxy.calls == 0:
-        return _verdict("broken", "the test never called the program")
-    return _verdict("passed", "", 1.0)
+        return _failed("broken_test", "the test never called the program")
+    return {"passed": True, "kind": "judged", "detail": "", "share": 1.0}
 
 
-def _verdict(status: str, detail: str, share: float = 0.0, *, lost: bool = False) -> dict[str, Any]:
-    return {"status": status, "detail": detail, "share": share, "lost": lost}
+def _failed(kind: str, detail: str, share: float = 0.0) -> dict[str, Any]:
+    return {"passed": False, "kind": kind, "detail": detail, "share": share}
 
 
 def _execute(code: CodeType, job: dict[str, Any], proxy: Proxy, asserts: Asserts) -> None:

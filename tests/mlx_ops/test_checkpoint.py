@@ -1,10 +1,9 @@
-import json
-
 import mlx.core as mx
 import pytest
 from mlx.optimizers import AdamW
 from mlx.utils import tree_unflatten
 
+from configs.atomic import read_sealed
 from configs.schema import CheckpointConfig
 from mlx_ops.checkpoint import CheckpointStore, load, restore_optimizer
 from tests.mlx_ops.tiny import leaves, tiny_model
@@ -18,6 +17,7 @@ def save(checkpoints, step, *, optimizer=None, **metrics):
     return checkpoints.save(
         step,
         write_weights=lambda folder: mx.save_safetensors(str(folder / "w.safetensors"), {"w": mx.array([float(step)])}),
+        weight_bytes=4,
         optimizer=optimizer or AdamW(learning_rate=0.1),
         state={"trainer": {"position": 7 * step}},
         metrics=metrics,
@@ -30,8 +30,8 @@ def test_rotation_keeps_the_last_every_nth_and_the_best(tmp_path):
     for step, reward in enumerate(rewards, start=1):
         save(checkpoints, step, reward=reward)
     assert checkpoints.steps() == [2, 4, 6, 7]
-    assert json.loads((checkpoints.root / "latest.json").read_text())["step"] == 7
-    assert json.loads((checkpoints.root / "best.json").read_text()) == {
+    assert read_sealed(checkpoints.root / "latest.json") == {"step": 7, "checkpoint": "step_000007"}
+    assert read_sealed(checkpoints.root / "best.json") == {
         "metric": "reward",
         "value": 0.9,
         "step": 2,

@@ -16,7 +16,7 @@ from mlx_ops.holding import Kind, choose, hold
 from tests.mlx_ops.tiny import tiny_model
 
 GREEDY = SamplingConfig(temperature=0.0, max_tokens=12)
-KINDS: tuple[Kind, ...] = ("shared", "rows", "paged", "library")
+KINDS: tuple[Kind, ...] = ("shared", "rows", "paged", "library", *(("fused",) if mx.cuda.is_available() else ()))
 NO_EOS: frozenset[int] = frozenset()
 
 

@@ -7,9 +7,10 @@ import pytest
 from mlx.optimizers import SGD, AdamW
 
 from configs.schema import LoraAdapter
-from mlx_ops.grpo import GRPOTrainer
+from mlx_ops.grpo import GRPOTrainer, whitened_over_tokens
 from mlx_ops.model import add_adapter
 from mlx_ops.policy import Reference, make_row, score_rows, totals
+from mlx_ops.policy_loss import correction
 from rewards.composer import Score
 from tests.mlx_ops.bench import groups, grpo_config, rollout
 from tests.mlx_ops.tiny import leaves, tiny_model
@@ -207,3 +208,34 @@ def test_a_step_that_is_not_finite_changes_nothing_and_several_stop_the_run():
     assert np.array_equal(weights(model), before)
     with pytest.raises(FloatingPointError, match="2 updates in a row"):
         grpo.update(minibatch)
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+def test_reinforce_plus_plus_whitens_over_the_tokens_of_scored_completions_alone(baseline):
+    lengths = [2, 1, 3, 1]
+    found = whitened_over_tokens(np.array([1.0, 0.0, np.nan, 3.0]), lengths, 2, baseline=baseline)
+    tokens = np.array([*found[0, :2], found[1, 0], found[3, 0]])
+    assert found[2].tolist() == [0.0, 0.0, 0.0]
+    assert tokens.mean() == pytest.approx(0.0, abs=1e-6)
+    assert tokens.std(ddof=1) == pytest.approx(1.0, rel=1e-5)
+    # Without a baseline 3 is the best; less its group's mean it is as good as its group.
+    assert np.argmax(tokens) == (0 if baseline else 3)
+
+
+def test_reinforce_plus_plus_makes_nothing_of_equal_rewards():
+    assert not whitened_over_tokens(np.full(4, 0.7), [1, 2, 3, 4], 2, baseline=False).any()
+
+
+def test_bad_completions_that_the_policy_has_left_are_left_out():
+    """Each row's sampler log-probabilities say how far the policy is from it; only A < 0 and far is dropped."""
+    model = tiny_model(sharpness=1.0)
+    near = logprob_sums(model, [rollout([5], 0.0), rollout([6], 0.0)])
+    drawn = [[rollout([5], 1.0, logprobs=[near[0] + 2]), rollout([6], 0.0, logprobs=[near[1] + far])] for far in (0, 2)]
+    changes = {"prompts_per_step": 2, "group_size": 2, "off_policy_threshold": 0.5}
+    grpo = trainer(model, grpo_config(**changes), drawn)
+    (minibatch,), _ = grpo.collect(0)
+    (batch,) = minibatch
+    policy = mx.array([[float(near[place % 2])] for place in batch.places])
+    kept = correction(policy, policy, batch, grpo.config)
+    assert kept is not None
+    assert dict(zip(batch.places, kept.reshape(-1).tolist(), strict=True)) == {0: 1, 1: 1, 2: 1, 3: 0}

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from mlx_ops.microbatches import bucketed, padded_tokens, plan, suggest_token_budget
+from mlx_ops.microbatches import bucketed, microbatch_token_bytes, padded_tokens, plan
 
 
 def unequal(rows: int, seed: int = 0) -> list[int]:
@@ -57,10 +57,9 @@ def test_rows_of_a_prompt_stand_beside_each_other():
         assert [index[row] for row in part] == sorted(index[row] for row in part)
 
 
-def test_the_budget_keeps_three_rows_of_the_vocabulary_within_the_memory():
-    budget = suggest_token_budget(16 << 30, vocabulary=151_936, hidden=896, layers=24)
-    assert budget * 3 * 151_936 * 4 < 8 << 30
-    assert budget > 1000
-    doubled = suggest_token_budget(32 << 30, vocabulary=151_936, hidden=896, layers=24)
-    assert doubled == pytest.approx(2 * budget, rel=0.01)
-    assert suggest_token_budget(1, vocabulary=10, hidden=8, layers=1) == 32
+def test_a_token_costs_three_rows_of_the_vocabulary_and_the_vectors_of_its_layers():
+    sizes = {"vocabulary": 1000, "hidden": 64, "layers": 10}
+    # 3 x 1,000 floats, and 34 x 64 of them in each of 10 layers.
+    assert microbatch_token_bytes(**sizes, checkpointed=False) == 4 * (3000 + 34 * 64 * 10)
+    # One layer's own, and the input of each.
+    assert microbatch_token_bytes(**sizes, checkpointed=True) == 4 * (3000 + 44 * 64)

@@ -348,6 +348,7 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(tmp_path, kind, wa
         store.save(
             number,
             write_weights=lambda folder: write_adapter(ppo.policy, LoraAdapter(rank=4), folder / "adapter"),
+            weight_bytes=4,
             optimizer=ppo.optimizer,
             state={"trainer": ppo.committed},
             metrics={},

@@ -6,7 +6,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from configs.schema import PromptConfig
 from mlx_ops.model import train_tokenizer
 from mlx_ops.pairs import make_pair
-from mlx_ops.prompts import chat_tokens, demonstration, end_of_turn, prompt_tokens, target_tokens
+from mlx_ops.prompts import chat_tokens, demonstration, end_of_turn, prompt_text, prompt_tokens, target_tokens
 from rewards.base import Example
 
 CHATML = (
@@ -147,3 +147,9 @@ def test_a_chat_keeps_its_own_system_message():
     assert words.decode(longer) == "system: Be long.\nuser: Hello\nassistant: "
     briefer = prompt_tokens(Example("a", "Hello"), config, words)
     assert words.decode(briefer) == "system: Be brief.\nuser: Hello\nassistant: "
+
+
+def test_a_template_shows_columns_beside_the_prompt_and_leaves_other_braces_alone():
+    config = PromptConfig(template="{prompt}\n{tests}\n{level} {none} {{}}")
+    example = Example("ex", "Add {level}.", columns={"tests": ["assert a", "assert b"], "level": 2, "prompt": "no"})
+    assert prompt_text(example, config) == "Add {level}.\nassert a\nassert b\n2 {none} {{}}"

@@ -1,6 +1,7 @@
 import math
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import cast
 
 import mlx.core as mx
@@ -10,7 +11,7 @@ from mlx.optimizers import SGD
 
 from configs.schema import OptimizerConfig
 from mlx_ops.optimizers import make_schedule
-from mlx_ops.trainer import BaseTrainer, Limits, global_norm, mean_of, rates, whole_of
+from mlx_ops.trainer import BaseTrainer, Limits, global_norm, mean_of, named_arrays, rates, whole_of
 
 
 class Toy(BaseTrainer[float]):
@@ -150,3 +151,35 @@ def test_an_interrupt_that_waited_for_an_update_meets_a_reported_step():
 
     trainer.fit(2, report=lambda step, metrics: reported.append(step), save=lambda *_: None, shield=shield)
     assert seen == [(1, True, 1), (2, True, 2)]
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_its_batch_handed_over():
+    trainer, kept = toy(), {}
+    trainer.fit(1, report=lambda *_: None, save=lambda *_: None)
+    before = float(cast(mx.array, cast(nn.Linear, trainer.model).weight).sum())
+    trainer.inspect = lambda name, arrays: kept.update({name: arrays})
+    found = trainer.update([float("nan")])
+    assert found["skipped_updates"] == 1
+    assert float(cast(mx.array, cast(nn.Linear, trainer.model).weight).sum()) == before
+    assert list(kept) == ["step_000002_1"]
+    with pytest.raises(FloatingPointError, match="3 updates in a row"):
+        [trainer.update([float("nan")]) for _ in range(2)]
+
+
+def test_the_arrays_of_nested_batches_are_named():
+    @dataclass(frozen=True)
+    class Inner:
+        tokens: mx.array
+        count: int
+
+    @dataclass(frozen=True)
+    class Outer:
+        rows: Inner
+        weights: mx.array | None
+
+    named = named_arrays([Outer(Inner(mx.array([1]), 3), None), Outer(Inner(mx.array([2]), 3), mx.array([4.0]))])
+    assert {name: array.tolist() for name, array in named.items()} == {
+        "batch.0.rows.tokens": [1],
+        "batch.1.rows.tokens": [2],
+        "batch.1.weights": [4.0],
+    }

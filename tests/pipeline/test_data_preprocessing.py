@@ -3,8 +3,10 @@ import unicodedata
 
 import pytest
 
+from configs.atomic import sha256
 from configs.schema import DatasetConfig, FieldsConfig, JsonlSource, ReasoningGymSource
 from pipeline.data.examples import SetAside, clean, columns_of, prompt_key, read_example
+from pipeline.data.loaders import BaseLoader, LoaderRegistry, Record
 from pipeline.data.preprocessing import overlapping, prepare, unique_ids
 from rewards.base import Example
 
@@ -247,3 +249,23 @@ def test_a_split_that_would_be_empty_is_refused(dataset, train, test, settings, 
 def test_a_source_that_is_missing_is_named_with_its_split(dataset):
     with pytest.raises(ValueError, match=r"dataset 'sums': test: gone\.jsonl: no such file"):
         dataset([{"prompt": "a"}], test={"kind": "jsonl", "path": "gone.jsonl"})
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "growing.jsonl"
+
+    class Growing(BaseLoader):
+        name = "growing"
+
+        def rows(self):
+            path.write_text("more")
+            yield Record({"prompt": "p"}, str(path), 1)
+
+        def provenance(self):
+            return {"sha256": sha256(path)}
+
+    path.write_text("some")
+    LoaderRegistry.register("growing")(Growing)
+    config = DatasetConfig.model_validate({"name": "sums", "train": {"kind": "plugin", "name": "growing"}})
+    with pytest.raises(ValueError, match="growing: changed while it was read"):
+        prepare(config)

@@ -1,5 +1,8 @@
 """Evaluations with a real model and the real engine: random weights say nonsense, but the same nonsense each time."""
 
+from contextlib import contextmanager
+from io import StringIO
+
 import pytest
 
 from configs.schema import PromptConfig, RewardConfig, ScratchModel
@@ -9,6 +12,7 @@ from pipeline.evaluation.base import Output, Problem
 from pipeline.evaluation.drawing import draw
 from pipeline.evaluation.report_files import read_items, untimed
 from pipeline.evaluation.run import evaluate
+from pipeline.progress import drawing
 from tests.pipeline.evaluating import CORPUS, config, context, sums
 
 
@@ -70,3 +74,26 @@ def test_held_out_runs_on_the_engine(policy, tmp_path):
     assert report.tokens.completion == sum(item.samples[0].tokens for item in items)
     assert report.model.dtype == "float32"
     assert report.prompt.chat_template_sha256 is not None
+
+
+def test_rows_speed_and_time_left_are_shown_while_completions_are_drawn():
+    now, stream = [0.0], StringIO()
+    with drawing("gsm8k", 4, stream, lambda: now[0]) as told:
+        now[0] = 4.0
+        told(1, 100)
+        told(1, 120)
+        now[0] = 14.0
+        told(4, 700)
+    assert stream.getvalue().splitlines() == ["gsm8k 1/4 · 25 tokens/s", "gsm8k 4/4 · 50 tokens/s · 0:00:00 left"]
+
+
+def test_an_evaluation_tells_how_many_rows_it_draws(policy, tmp_path):
+    seen = []
+
+    @contextmanager
+    def show(name, rows):
+        yield lambda finished, tokens: seen.append((name, rows, finished))
+
+    run_config = config("gsm8k", options={"protocol": "experiment"}, samples=2, temperature=1.0, max_tokens=4)
+    evaluate(policy, run_config, context=context(sums(3)), directory=tmp_path / "r", progress=show)
+    assert seen[-1] == ("gsm8k", 6, 6)

@@ -1,13 +1,15 @@
 import hashlib
 import json
+import re
 
 import pytest
 
 from configs.schema import PromptConfig
 from pipeline.evaluation.base import Output, Problem, parse_options
 from pipeline.evaluation.drawing import cut_at_stop
-from pipeline.evaluation.gsm8k import COT_STRICT, robust_answer
+from pipeline.evaluation.gsm8k import COT_STRICT
 from pipeline.evaluation.report_files import read_items
+from pipeline.evaluation.rows import HUB, Rows
 from pipeline.evaluation.run import check_evaluation, evaluate
 from pipeline.evaluation.worked_examples import WORKED_EXAMPLES
 from rewards.answers import extract_answer
@@ -75,8 +77,7 @@ def test_a_completion_without_an_answer_is_counted_with_its_reason(tmp_path):
     ],
 )
 def test_a_cut_completion_has_an_answer_only_on_a_finished_line(text, value):
-    assert robust_answer(Output(text, "length", (1, 2))).value == value
-    assert robust_answer(Output(text, "end", (1, 2))) == extract_answer(text)
+    assert extract_answer(text, truncated=True).value == value
 
 
 def test_percent_is_not_held_against_an_answer_when_the_question_asks_for_it(tmp_path):
@@ -262,3 +263,14 @@ def test_a_broken_file_is_named_with_its_line(tmp_path, content, message):
     file.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         run(tmp_path, "1", options={"path": str(file)})
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_dataset_of_the_hub_is_read_at_a_pinned_commit(name):
+    rows = Rows(name, "main", "test")
+    rows.check("options.path")
+    assert re.fullmatch(r"[0-9a-f]{40}", rows.revision or "")
+    with pytest.raises(
+        ValueError, match=r"options.path: no such file: .*openai/gsm9k \(datasets of the hub: openai/gsm8k"
+    ):
+        Rows("openai/gsm9k", "main", "test").check("options.path")

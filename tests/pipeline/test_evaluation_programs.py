@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import pytest
 from pipeline.evaluation.base import Output, Problem, parse_options
 from pipeline.evaluation.humaneval import packaged_file
 from pipeline.evaluation.mbpp import entry_point
-from pipeline.evaluation.programs import refuse_sandbox_errors
 from pipeline.evaluation.report_files import read_items
 from pipeline.evaluation.rows import read_rows
 from pipeline.evaluation.run import check_evaluation, evaluate
-from rewards.sandbox import Judge, Verdict
+from pipeline.provenance import collect
+from rewards.sandbox import Judge, Verdict, refuse_sandbox_errors
 from tests.pipeline.evaluating import SHARED, config, context, speak, speaker
 
 MBPP = SHARED / "data" / "mbpp" / "mbpp.jsonl"
@@ -81,6 +82,18 @@ def test_right_programs_pass_and_the_run_on_is_cut_off(tmp_path):
     assert report.executor.limits["wall_seconds"] == 3.0
 
 
+def test_a_secret_of_the_environment_reaches_no_worker_and_no_report(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "HF_TOKEN"):
+        monkeypatch.setenv(name, "canary-5512ce")
+    tell = "    import os\n    raise ValueError(dict(os.environ))\n"
+    run_config = config("humaneval", options={"path": task_file(tmp_path, [ADD])})
+    known = replace(context(), provenance=collect(tmp_path, device="cpu"))
+    evaluate(speaker(tell, tmp_path), run_config, context=known, directory=tmp_path / "r", generate=speak)
+    written = "".join(file.read_text(encoding="utf-8") for file in (tmp_path / "r").iterdir())
+    assert "ValueError: {'HOME': " in written
+    assert "canary-5512ce" not in written
+
+
 def test_wrong_programs_fail_with_the_line_that_they_fail_at(tmp_path):
     (result,) = graded(tmp_path, [["    return None\n"]], [ADD])
     assert result.scores == {"pass@1": 0, "passed": 0}
@@ -125,10 +138,11 @@ def test_a_test_that_cannot_be_judged_is_no_sandbox_error(tmp_path):
 
 
 def test_a_sandbox_that_fails_is_nobodys_score():
-    broken_test = Verdict("sandbox_error", "the test is not Python: line 2", 0.1)
-    refuse_sandbox_errors([Verdict("failed", "AssertionError", 0.1), broken_test], "evaluation 'x'")
-    with pytest.raises(RuntimeError, match="evaluation 'x': the sandbox failed twice: bwrap: no such file"):
-        refuse_sandbox_errors([broken_test, Verdict("sandbox_error", "bwrap: no such file", 0.1)], "evaluation 'x'")
+    broken_test = Verdict("sandbox_error", "the test is not Python", 0.1, kind="broken_test")
+    judged = [Verdict("failed", "AssertionError", 0.1), broken_test]
+    refuse_sandbox_errors(judged)
+    with pytest.raises(RuntimeError, match="the sandbox failed twice: bwrap: no such file"):
+        refuse_sandbox_errors([*judged, Verdict("sandbox_error", "bwrap: no such file", 0.1, kind="broken_sandbox")])
 
 
 def test_a_helper_of_the_prompt_is_the_tests_own(tmp_path):

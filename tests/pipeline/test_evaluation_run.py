@@ -326,6 +326,23 @@ def test_held_out_leaves_what_was_not_scored_out_of_the_mean_and_counts_it(tmp_p
     assert (report.headline.score, report.headline.n, report.counts.unscored) == (1.0, 3, 1)
 
 
+def test_any_reward_may_judge_any_dataset(tmp_path):
+    rows = [{"q": f"What is {n} + {n}?", "a": str(2 * n)} for n in range(3)]
+    (tmp_path / "doubles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    source = {"kind": "jsonl", "path": str(tmp_path / "doubles.jsonl")}
+    dataset = {"name": "doubles", "train": {**source, "path": str(tmp_path / "train.jsonl")}, "test": source}
+    (tmp_path / "train.jsonl").write_text('{"q": "What is 9 + 9?", "a": "18"}\n', encoding="utf-8")
+    options = {
+        "dataset": {**dataset, "fields": {"prompt": "q", "answer": "a"}},
+        "rewards": [{"name": "numeric_answer"}, {"name": "repetition", "weight": 0}],
+    }
+    report = held_out(tmp_path, "The answer is 2.", sums(9), options=options)
+    assert (report.dataset.name, report.headline.score, report.headline.n) == ("doubles", pytest.approx(1 / 3), 3)
+    assert report.metric("reward/repetition").score == 0
+    assert report.extraction is not None
+    assert report.extraction.rules["numeric_answer"].endswith(" v2")
+
+
 def test_held_out_may_be_headed_by_the_mean_reward(tmp_path):
     report = held_out(tmp_path, "none", sums(4), options={"metric": "reward"})
     assert (report.headline.name, report.headline.score, report.headline.share) == ("reward", -0.5, False)

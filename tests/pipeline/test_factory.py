@@ -71,6 +71,7 @@ def test_a_job_of_each_experiments_name_makes_its_assets_and_runs_their_checks(w
         "reloads_finite",
         "reward_varied",
         "reward_improved",
+        "score_kept",
     }
 
 
@@ -92,6 +93,16 @@ def test_training_is_one_op_however_many_experiments_there_are(write_experiment)
     ops = [definitions.resolve_job_def(name).get_node_named(f"{name}__grpo_checkpoint") for name in ("one", "two")]
     (first,), (second,) = (node.definition.nodes for node in ops)  # pyright: ignore[reportAttributeAccessIssue]
     assert first.definition is second.definition
+
+
+def test_every_asset_of_an_experiment_says_whose_it_is_and_what_it_is_about(write_experiment):
+    folder = write_experiment(owners=["team:reasoning", "a@b.org"], description="Sums.").parent
+    found = graph(folder)
+    for key in found.get_all_asset_keys():
+        if key.path[0] == "tiny":
+            node = found.get(key)
+            assert (list(node.owners), node.tags["experiment"]) == (["team:reasoning", "a@b.org"], "tiny")
+            assert "Sums." in (node.description or "")
 
 
 # ---- staleness -----------------------------------------------------------------------------------------------------

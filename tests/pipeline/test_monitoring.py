@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import pty
+import random
 import struct
 import time
 from collections.abc import Mapping
@@ -220,16 +221,33 @@ def png_size(markdown: str) -> tuple[int, int]:
 
 def test_a_plot_of_a_long_run_stays_small():
     rows = [{"step": step, "reward": math.sin(step)} for step in range(1, 20_001)]
-    plot = curves(rows, ["reward"], "reward")
+    plot = curves(rows, {"reward": {"reward"}.__contains__}, "curves")
     assert plot is not None
     assert plot.md_str is not None
-    assert len(plot.md_str) < MAX_BYTES
-    assert png_size(plot.md_str) == (384, 192)
+    assert png_size(plot.md_str) == (384, 136)
+
+
+def test_a_plot_of_a_noisy_run_with_every_panel_stays_small():
+    noise = random.Random(0).random
+    names = [
+        "eval_reward",
+        "completion_length",
+        "kl",
+        "entropy",
+        "loss",
+        "grad_norm",
+        *(f"reward/{i}" for i in range(12)),
+    ]
+    rows = [{"step": step, **{name: noise() for name in names}} for step in range(1, 2_001)]
+    plot = training_metadata(rows, [])["curves"]
+    assert png_size(plot.md_str) == (544, 408)
+    assert len(plot.md_str) < MAX_BYTES * 4 / 3 + 100
 
 
 def test_metrics_that_no_row_has_make_no_plot():
-    assert curves([{"step": 1, "loss": 1.0}], ["kl"], "kl") is None
-    assert curves([{"step": 1, "kl": None}, {"step": 2, "kl": math.nan}], ["kl"], "kl") is None
+    panels = {"KL": {"kl"}.__contains__}
+    assert curves([{"step": 1, "loss": 1.0}], panels, "curves") is None
+    assert curves([{"step": 1, "kl": None}, {"step": 2, "kl": math.nan}], panels, "curves") is None
 
 
 def test_the_last_numbers_are_labels_and_what_is_not_finite_is_left_out():
@@ -252,5 +270,5 @@ def test_samples_are_a_table_with_short_cells():
 def test_nothing_on_the_page_is_called_path():
     rows = [{"step": 1, "reward": 0.5, "reward/a": 0.5, "reward/b": 0.5, "loss": 1.0}]
     labels = training_metadata(rows, [])
-    assert {"reward_curve", "loss_curve", "reward_parts_curve", "reward", "samples"} <= labels.keys()
+    assert {"curves", "reward", "samples"} <= labels.keys()
     assert "path" not in labels

@@ -92,7 +92,7 @@ def test_after_a_run_nothing_is_stale(ran):
 
 def test_the_page_of_a_checkpoint_answers_what_one_asks(ran):
     labels = ran.metadata(GRPO)
-    wanted = {"reward", "reward_curve", "length_curve", "samples", "provenance", "checkpoint_dir", "run_dir", "step"}
+    wanted = {"reward", "curves", "samples", "provenance", "checkpoint_dir", "run_dir", "step"}
     assert wanted <= labels.keys()
     assert "path" not in labels
     assert Path(labels["checkpoint_dir"].value, "model", "config.json").is_file()
@@ -104,6 +104,8 @@ def test_the_page_of_a_report_has_its_score_and_text(ran):
     labels, ref = ran.metadata(key), read_ref(ran.artifacts, key, ReportRef)
     assert (labels["score"].value, labels["n"].value, labels["low"].value) == (ref.score, 4, ref.low)
     assert "held_out" in labels["report"].md_str
+    assert labels["scores"].md_str.startswith("![accuracy, 95% intervals](data:image/png;base64,")
+    assert "tiny/grpo at step 3 has" in labels["against_sft"].md_str
 
 
 def test_numbers_come_while_it_trains(ran):
@@ -112,6 +114,7 @@ def test_numbers_come_while_it_trains(ran):
         record.asset_observation.metadata["step"].value for record in observed if record.run_id == ran.result.run_id
     ]
     assert sorted(steps) == [1, 2, 3]
+    assert any("grpo 2/3 · reward" in (record.asset_observation.description or "") for record in observed)
 
 
 def test_every_check_was_run_and_the_blocking_ones_passed(ran):
@@ -127,6 +130,7 @@ def test_every_check_was_run_and_the_blocking_ones_passed(ran):
     }
     assert all(evaluation.passed for evaluation in found.values() if evaluation.blocking)
     assert ("tiny/grpo_checkpoint", "reward_improved") in found
+    assert found["tiny/grpo_held_out", "score_kept"].description == "there is no earlier report"
 
 
 # ---- what comes after; each leaves the run as it was, or says what it breaks -----------------------------------------

@@ -6,7 +6,6 @@ import pytest
 
 from pipeline.catalog import load_catalog
 from pipeline.factory import build_definitions
-from pipeline.sensors import failure_words
 
 NIGHTLY = {"cron": "30 1 * * *", "timezone": "Europe/Berlin", "benchmarks": ["held_out"]}
 
@@ -65,11 +64,6 @@ def test_a_night_asks_once_and_the_next_night_asks_again_for_an_unchanged_checkp
         made(instance, "grpo_checkpoint")
         keys = [request.run_key for day in (1, 1, 2) for request in tick(instance, folder, day).run_requests or []]
     assert keys[0] == keys[1] != keys[2]
-
-
-def test_a_failed_run_is_one_line_with_job_run_and_reason():
-    run = dg.DagsterRun(job_name="tiny", run_id="1234")
-    assert failure_words(run, "out of memory") == "tiny: run 1234 failed: out of memory"
 
 
 # ---- automation ----------------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def add(a, b):
     "answers before it is asked": """
 import os
 for fd in range(3, 20):
-    for reply in (b'{"value":5}', b'{"value":350}', b'{"status":"passed","detail":"","share":1,"lost":false}'):
+    for reply in (b'{"value":5}', b'{"value":350}', b'{"passed":true,"kind":"judged","detail":"","share":1}'):
         try:
             os.write(fd, len(reply).to_bytes(4, "big") + reply)
         except OSError:
@@ -180,7 +180,7 @@ def add(a, b):
 import os
 for fd in range(3, 20):
     try:
-        os.write(fd, b'{"status": "passed", "detail": "", "share": 1.0, "lost": false}\\n')
+        os.write(fd, b'{"passed": true, "kind": "judged", "detail": "", "share": 1.0}\\n')
     except OSError:
         pass
 def add(a, b):

@@ -32,9 +32,11 @@ def refusal(name, **options):
 
 
 OURS = (
+    "code_tests",
     "format",
     "json_schema",
     "length",
+    "math_verify",
     "numeric_answer",
     "python",
     "reasoning_gym",
@@ -60,7 +62,7 @@ def test_the_examples_of_the_documentation_are_what_they_say(tmp_path, monkeypat
     load_plugins(["plugin.py"], tmp_path)
     lists = [parse_yaml(block)["rewards"] for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
     composers = [RewardComposer.from_config([RewardConfig(**reward) for reward in rewards]) for rewards in lists]
-    assert len(composers) == 5
+    assert len(composers) == 6
     columns = {"answer": ["5"] * 3, "truncated": [False, False, True], "completion_length": [20, 6, 256]}
     completions = ["<think>2 + 3 = 5</think><answer>5</answer>", "The answer is 5.", "5 5 5 5 5 5"]
     scores = composers[0](["What is 2 + 3?"] * 3, completions, columns | {"max_completion_length": [256] * 3})
@@ -109,6 +111,14 @@ def test_an_answer_that_is_not_one_number_is_refused_before_training(answer):
     reward = build_reward(RewardConfig(name="numeric_answer"))
     with pytest.raises(ValueError, match="example 'ex-7'"):
         reward.validate([Example("ex-7", "p", answer=answer)])
+
+
+def test_the_question_and_a_cut_count_as_in_the_benchmark():
+    reward = build_reward(RewardConfig(name="numeric_answer"))
+    prompts, answer = ["What percentage is it?", "How many are there?"], ["25", "25"]
+    assert reward(prompts, ["#### 25%", "#### 25%"], answer=answer) == [1.0, 0.0]
+    completions = ["The answer is 25.\nFor", "It is 25"]
+    assert reward(prompts, completions, answer=answer, truncated=[True, True]) == [1.0, 0.0]
 
 
 def test_a_dataset_without_answers_is_a_fault_and_not_a_score():

@@ -13,7 +13,8 @@ from rewards.isolated import seccomp, wire
 from rewards.sandbox import Job, Judge, Limits
 from rewards.sandbox_backends import Place, candidates, seatbelt_profile
 from tests.rewards.attacks import ATTEMPTS, HONEST, PROGRAMS, TEST, attempt
-from tests.rewards.hostile import SNIPPETS, VECTORS, adopt_orphans, memory, problems, scene, survivors, work_dirs
+from tests.rewards.hostile import SNIPPETS, VECTORS, problems
+from tests.rewards.scene import adopt_orphans, memory, scene, survivors, work_dirs
 
 BRIEF = Limits(wall_seconds=3, cpu_seconds=2)
 MBPP = VECTORS.parent / "data" / "mbpp" / "sanitized-mbpp.json"
@@ -160,6 +161,29 @@ def test_sanitized_mbpp_passes_but_for_a_test_that_needs_a_name_of_its_candidate
 def test_a_verdict_says_what_became_of_the_program(best, program, status):
     with Judge(Limits(wall_seconds=1)) as judge:
         assert judge.check(program, "assert add(2, 3) == 5", "add").status == status
+
+
+@pytest.mark.parametrize(
+    ("program", "test", "kind"),
+    [
+        (ADD, "assert add(2, 3) == 5", "judged"),
+        ("def add(a, b):\n    raise SyntaxError\n", "assert add(2, 3) == 5", "judged"),
+        ("def add(a, b)\n", "assert add(2, 3) == 5", "unparseable"),
+        ("import os\nos._exit(0)\n", "assert add(2, 3) == 5", "crashed"),
+        ("def add(a, b):\n    while True: pass\n", "assert add(2, 3) == 5", "timeout"),
+        (ADD, "assert add(2, 3 == 5", "broken_test"),
+    ],
+)
+def test_a_verdict_says_how_it_ended(best, program, test, kind):
+    with Judge(Limits(wall_seconds=1)) as judge:
+        assert judge.check(program, test, "add").kind == kind
+
+
+def test_equal_jobs_run_once_and_each_gets_the_verdict(best):
+    slow = Job("import time\ndef add(a, b):\n    time.sleep(0.5)\n    return a + b\n", "assert add(2, 3) == 5", "add")
+    verdicts = best.check_all([slow, Job(ADD, "assert add(2, 3) == 6", "add"), *[slow] * 30])
+    assert [verdict.status for verdict in verdicts] == ["passed", "failed", *["passed"] * 30]
+    assert len({id(verdict) for verdict in verdicts}) == 2
 
 
 def test_a_failing_assert_is_named(best):
