@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,19 @@ def read_sealed(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, RecursionError) as error:
         raise ValueError(f"{path}: can't be read: {error}") from error
     return value
+
+
+def seal_fault(path: Path) -> str | None:
+    """What is wrong with a sealed file, if there is one."""
+    return _fault(read_sealed, path) if path.exists() else None
+
+
+def _fault(read: Callable[[Path], object], path: Path) -> str | None:
+    try:
+        read(path)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _sealed(value: Mapping[str, Any]) -> str:
@@ -142,6 +155,19 @@ def verify(directory: Path) -> dict[str, Any]:
     if found:
         raise ValueError(f"{min(found.values())}: not in {MANIFEST}")
     return manifest
+
+
+def folder_fault(directory: Path) -> str | None:
+    """What `verify` finds wrong with a folder, if anything."""
+    return _fault(verify, directory)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link where the file system allows it, else a copy."""
+    try:
+        target.hardlink_to(source)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
 
 
 def _files(directory: Path) -> dict[str, Path]:

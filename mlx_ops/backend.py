@@ -170,20 +170,13 @@ def _gpu_memory(information: Any) -> int:
 def _ram_bytes() -> int:
     """The machine's memory, or less where a container may use less."""
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        allowed = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
-    except OSError:
-        return installed
+    allowed = _kernel_says("/sys/fs/cgroup/memory.max").strip()
     return min(installed, int(allowed)) if allowed.isdigit() else installed
 
 
 def _mapped_blas() -> str | None:
     """A fast BLAS that is in the process already, by LD_PRELOAD for instance."""
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    paths = {line.split()[-1] for line in lines if "/" in line}
+    paths = {line.split()[-1] for line in _kernel_says("/proc/self/maps").splitlines() if "/" in line}
     names = sorted(
         path for path in paths if Path(path).name.startswith(("libmkl_rt", "libopenblas.so", "libopenblas-r"))
     )
@@ -225,8 +218,10 @@ def one_blas_thread() -> Iterator[None]:
 
 def _usable_cores() -> int:
     cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+    quota, *period = _kernel_says("/sys/fs/cgroup/cpu.max").split() or ["max"]
+    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period[0]))))
+
+
+def _kernel_says(path: str) -> str:
+    """The text of a file of the kernel's; empty on systems that don't have it."""
+    return Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""

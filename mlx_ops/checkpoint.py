@@ -25,13 +25,13 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
 from configs.atomic import (
+    folder_fault,
     free_bytes,
     new_directory,
     read_manifest,
-    read_sealed,
+    seal_fault,
     sha256,
     sweep,
-    verify,
     write_json,
     write_sealed,
 )
@@ -114,18 +114,18 @@ class CheckpointStore:
         """The newest checkpoint that verifies, and why each newer one was passed over."""
         skipped: list[str] = []
         for step in reversed(self.steps()):
-            try:
-                return load(self.path(step)), skipped
-            except ValueError as error:
-                skipped.append(str(error))
-                self.damaged.add(step)
+            wrong = fault(self.path(step))
+            if wrong is None:
+                return _read(self.path(step)), skipped
+            skipped.append(wrong)
+            self.damaged.add(step)
         return None, skipped
 
     def go_on_from(self, saved: Saved) -> list[str]:
         """Take up the run at this checkpoint; which pointers were damaged, and are written anew."""
         self.resumed, self.best = saved.step, saved.state["best"]
         sweep(self.root)
-        faults = [fault for name in POINTERS if (fault := _fault(self.root / name))]
+        faults = [wrong for name in POINTERS if (wrong := seal_fault(self.root / name))]
         if faults:
             self._point(saved.step)
         return faults
@@ -138,11 +138,11 @@ class CheckpointStore:
         best = newest.state["best"]
         if best is None or self.config.best_metric is None:
             return newest
-        try:
-            return load(self.path(int(best["step"])))
-        except ValueError as error:
-            log.warning("the best checkpoint is passed over, the newest takes its place: %s", error)
-            return newest
+        path = self.path(int(best["step"]))
+        wrong = fault(path)
+        if wrong is not None:
+            log.warning("the best checkpoint is passed over, the newest takes its place: %s", wrong)
+        return _read(path) if wrong is None else newest
 
     def rotate(self, step: int) -> None:
         """Delete what is before `step` but for the last `keep_last`, every `keep_every`-th, the best, the resumed.
@@ -207,10 +207,22 @@ class CheckpointStore:
 
 def load(path: Path) -> Saved:
     """A checkpoint whose files are all what its manifest says. `ValueError` names what is wrong with it."""
-    verify(path)
+    wrong = fault(path)
+    if wrong is not None:
+        raise ValueError(wrong)
+    return _read(path)
+
+
+def fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, if anything."""
+    wrong = folder_fault(path)
+    if wrong is None and path.name != f"step_{_read(path).step:06d}":
+        wrong = f"{path}: holds the checkpoint of step {_read(path).step}"
+    return wrong
+
+
+def _read(path: Path) -> Saved:
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    if path.name != f"step_{state['step']:06d}":
-        raise ValueError(f"{path}: holds the checkpoint of step {state['step']}")
     return Saved(path, state["step"], state)
 
 
@@ -240,12 +252,3 @@ def manifest_digest(path: Path) -> str:
     """The sha256 of a folder's manifest, which fixes the content of every file in it."""
     read_manifest(path)
     return sha256(path / "manifest.json")
-
-
-def _fault(pointer: Path) -> str | None:
-    try:
-        if pointer.exists():
-            read_sealed(pointer)
-    except ValueError as error:
-        return str(error)
-    return None

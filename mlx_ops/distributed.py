@@ -6,10 +6,9 @@ make the sum the gradient of the whole batch. Left out: sharded models and optim
 """
 
 import json
-import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -83,11 +82,12 @@ class MlxRanks(Ranks):
 
     def __init__(self, group: mx.distributed.Group, device: mx.DeviceType = mx.cpu) -> None:
         """`device` is where the backend communicates: the GPU for NCCL, the CPU for every other."""
-        self.rank, self.size, self._group, self._device = group.rank(), group.size(), group, device
+        self.rank, self.size, self._group = group.rank(), group.size(), group
         self.lost: Callable[[], Lost | None] = lambda: None
         """Says which rank is gone, if any."""
-        self._calls: queue.Queue[tuple[Callable[[mx.Stream], Any], Future[Any]]] = queue.Queue()
-        threading.Thread(target=self._serve, daemon=True, name="collectives").start()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="collectives")
+        # A stream belongs to the thread that made it.
+        self._stream = self._thread.submit(lambda: mx.new_stream(mx.Device(device))).result()
 
     @property
     def is_writer(self) -> bool:
@@ -127,17 +127,23 @@ class MlxRanks(Ranks):
         return self._call(gathered)
 
     def _call(self, collective: Callable[[mx.Stream], Answer]) -> Answer:
-        answer: Future[Answer] = Future()
-        self._calls.put((collective, answer))
-        while True:
-            try:
-                return answer.result(timeout=POLL_SECONDS)
-            except TimeoutError:
-                lost = self.lost()
-                if lost is not None:
-                    raise RankLostError(str(lost)) from None
-            except RuntimeError as error:
-                self._explain(error)
+        answer = self._thread.submit(self._confirmed, collective)
+        while not wait([answer], timeout=POLL_SECONDS).done:
+            lost = self.lost()
+            if lost is not None:
+                raise RankLostError(str(lost))
+        error = answer.exception()
+        if isinstance(error, RuntimeError):
+            self._explain(error)
+        return answer.result()
+
+    def _confirmed(self, collective: Callable[[mx.Stream], Answer]) -> Answer:
+        """What a collective gives; `RuntimeError` where a rank that died meanwhile made the backend give garbage."""
+        found = collective(self._stream)
+        answered = mx.distributed.all_sum(mx.array([1.0]), group=self._group, stream=self._stream)
+        if float(answered.item()) != self.size:
+            raise RuntimeError("a rank stopped answering in the middle of a collective")
+        return found
 
     def _explain(self, error: RuntimeError) -> NoReturn:
         """The backend has lost a connection: the interrupt that says whose, as soon as that is known."""
@@ -148,15 +154,6 @@ class MlxRanks(Ranks):
                 raise RankLostError(str(lost)) from error
             waited.wait(POLL_SECONDS)
         raise error
-
-    def _serve(self) -> None:
-        stream = mx.new_stream(mx.Device(self._device))
-        while True:
-            collective, answer = self._calls.get()
-            try:
-                answer.set_result(collective(stream))
-            except (RuntimeError, ValueError) as error:
-                answer.set_exception(error)
 
 
 def bounds(costs: Iterable[float], rank: int, size: int) -> tuple[int, int]:

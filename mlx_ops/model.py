@@ -17,12 +17,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer, save_model
 
-from configs.schema import Adapter, FullAdapter, LoraAdapter, PretrainedModel, ScratchModel
+from configs.atomic import link_or_copy
+from configs.schema import Adapter, FullAdapter, LoraAdapter, ScratchModel
 from mlx_ops.batching import Tree
 
 DTYPES: dict[str, mx.Dtype] = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".gguf", ".pt", ".pth")
-HUB_FILES = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*"]
 TRANSFORMERS_CLASSES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -69,40 +69,12 @@ def _ids(value: int | list[int] | None) -> list[int] | None:
     return [value] if isinstance(value, int) else value
 
 
-def locate(config: PretrainedModel) -> Path:
-    """The local folder of a pretrained model: the path itself, or the hub's snapshot in the local cache or fetched now.
-
-    `FileNotFoundError` says which field to change where neither is there.
-    """
-    local = Path(config.path).expanduser()
-    if local.is_dir():
-        return local
-    if config.path.startswith((".", "/", "~")) or config.path.count("/") != 1:
-        raise FileNotFoundError(f"model.path: no such folder: {config.path}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=HUB_FILES))
-    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise FileNotFoundError(
-            f"model.path: {config.path!r} is no local folder, not in the cache, and the hub can't give it: {error}"
-        ) from error
-
-
 def copy_model(source: Path, directory: Path) -> None:
     """A model folder made of hard links to `source` where the file system allows it, else of copies."""
     directory.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         if file.is_file():
-            _link_or_copy(file.resolve(), directory / file.name)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(source)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
+            link_or_copy(file.resolve(), directory / file.name)
 
 
 def make_scratch(config: ScratchModel, texts: Iterable[str], directory: Path, seed: int) -> None:

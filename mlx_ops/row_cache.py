@@ -5,6 +5,7 @@ padding, its prompt, what was drawn.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import mlx.core as mx
@@ -28,12 +29,10 @@ def takes_row_masks(model: Any) -> bool:
     """Whether the model's attention can hide other columns from each row, which rows of different length need."""
     kind = type(model)
     if kind not in _TAKES_ROW_MASKS:
-        try:
-            # Shapes clash while the graph is built; nothing is computed. Eleven rows are no model's number of heads.
+        _TAKES_ROW_MASKS[kind] = False
+        # Shapes clash while the graph is built; nothing is computed. Eleven rows are no model's number of heads.
+        with suppress(ValueError):
             model(mx.zeros((11, 2), mx.int32), cache=[RowCache([1] + [0] * 10) for _ in model.layers])
-        except ValueError:
-            _TAKES_ROW_MASKS[kind] = False
-        else:
             _TAKES_ROW_MASKS[kind] = True
     return _TAKES_ROW_MASKS[kind]
 

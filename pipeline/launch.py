@@ -13,9 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import dagster as dg
 from dagster._core.pipes.context import PipesSession
@@ -32,6 +32,8 @@ LOOPBACK = "127.0.0.1"
 WATCH_SECONDS = 0.5
 STOP_SECONDS = 300.0
 """For the last checkpoint of a large model, after a cancel."""
+STUFFING = 1 << 17
+"""More bytes than a pipe holds."""
 LAST_SECONDS = 20.0
 """For the launcher and the ranks that are left to end, once rank 0 has."""
 
@@ -114,6 +116,19 @@ def _free_port() -> int:
         return server.getsockname()[1]
 
 
+def launched(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    """An `mlx.launch` that keeps no core busy.
+
+    It spins where its own standard input has ended, and while a rank's, which nobody reads, has room left.
+    """
+    process = cast("subprocess.Popen[bytes]", subprocess.Popen(command, stdin=subprocess.PIPE, **options))
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        process.stdin.write(b"\n" * STUFFING)
+        process.stdin.flush()
+    return process
+
+
 class Post:
     """What rank 0 has sent so far: metrics and log records are handed on, how it began and ended is kept."""
 
@@ -151,14 +166,7 @@ def alive(pid: int) -> bool:
 
 
 def _follow(command: Sequence[str], environ: Mapping[str, str], post: Post) -> None:
-    # mlx.launch spins on a standard input that has ended, so it gets one that stays open.
-    process = subprocess.Popen(
-        command,
-        cwd=project_root(),
-        env={**os.environ, **environ},
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-    )
+    process = launched(command, cwd=project_root(), env={**os.environ, **environ}, start_new_session=True)
     patience = 0.0
     try:
         while process.poll() is None and not post.is_over():

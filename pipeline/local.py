@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.atomic import sha256, verify
+from configs.atomic import folder_fault, sha256, verify
 from configs.loader import digest
-from configs.schema import EvaluationConfig
+from configs.schema import EvaluationConfig, ExperimentConfig
 from pipeline.catalog import Entry
-from pipeline.keys import start_stage
+from pipeline.io_manager import find_ref
+from pipeline.keys import model_key, start_stage
 from pipeline.lock import owned
 from pipeline.monitoring import open_reporter
 from pipeline.refs import CheckpointRef
@@ -54,10 +55,19 @@ class Workshop:
         from pipeline.evaluate import Subject, evaluate_checkpoint
 
         self.entry.load_plugins()
-        checkpoint = self.checkpoint(stage)
+        checkpoint = self._made_by_a_job(stage) or self.checkpoint(stage)
         folder = self._folder("reports") / f"{stage}_{evaluation.key}" / RUN
         subject = Subject(checkpoint, self.runs.locate(checkpoint.path), self.dataset())
         return evaluate_checkpoint(self.entry.experiment, evaluation, subject, folder, self.device), folder
+
+    def _made_by_a_job(self, stage: str) -> CheckpointRef | None:
+        """What Dagster made by these settings, where nothing was trained here and it is there whole."""
+        experiment = self.entry.experiment
+        ref = find_ref(self.runs.directory, model_key(experiment.name, stage), CheckpointRef)
+        here = (self._folder(stage) / RUN).is_dir()
+        if ref is None or here or ref.config_digest != _settings_digest(experiment, stage):
+            return None
+        return None if folder_fault(self.runs.locate(ref.path)) else ref
 
     def publish(self) -> Path:
         """Put the experiment's reports into the leaderboard and onto its page; the page's path."""
@@ -110,9 +120,13 @@ class Workshop:
             path=self.runs.relative(folder),
             stage=stage,  # pyright: ignore[reportArgumentType] (validated by the reference)
             step=step,
-            config_digest=digest(getattr(experiment, stage, None) or experiment.model),
+            config_digest=_settings_digest(experiment, stage),
             sha256=sha256(folder / "manifest.json"),
         )
+
+
+def _settings_digest(experiment: ExperimentConfig, stage: str) -> str:
+    return digest(getattr(experiment, stage, None) or experiment.model)
 
 
 def overrides(settings: Sequence[str], model_path: str | None, data_path: str | None) -> list[str]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 
 import mlx_ops as mlx_ops  # before MLX, which binds its BLAS when it is imported
 
@@ -45,10 +46,23 @@ def joined(environ: Mapping[str, str]) -> Iterator[Ranks]:
         return
     ranks = MlxRanks(group, mx.gpu if "NCCL_HOST_IP" in environ else mx.cpu)
     watch = Watch(*_connected(ranks, meeting_place(environ)))
-    ranks.lost = lambda: watch.lost
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if ranks.rank:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interrupted = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (a signal handler's shape)
+        # Once: the launcher and the watch both send one, and the second must not break what follows the first.
+        nonlocal interrupted
+        if not interrupted:
+            interrupted = True
+            raise KeyboardInterrupt
+
+    def lost_one() -> Lost | None:
+        nonlocal interrupted
+        interrupted = interrupted or watch.lost is not None
+        return watch.lost
+
+    ranks.lost = lost_one
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if ranks.rank else interrupt)
     try:
         yield ranks
     except KeyboardInterrupt:

@@ -56,7 +56,6 @@ from mlx_ops.model import (
     fuse_adapters,
     load_adapter,
     load_policy,
-    locate,
     make_scratch,
     write_adapter,
     write_model,
@@ -70,6 +69,7 @@ from mlx_ops.watchdog import Watchdog
 from pipeline.algorithms import algorithm_of
 from pipeline.data.samplers import Shuffled, make_sampler
 from pipeline.data.store import read_examples
+from pipeline.hub import locate
 from pipeline.provenance import PACKAGES, installed
 from pipeline.resources import DeviceSettings
 from pipeline.samples import SampleFiles

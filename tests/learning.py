@@ -28,7 +28,7 @@ from pipeline.resources import DeviceSettings, RunStore
 from pipeline.sinks import RunInfo, read_metrics
 from pipeline.train import Job, Trained, train_stage
 
-UPDATES = 320
+UPDATES = 200
 """Optimizer updates that each algorithm may take."""
 GAIN = 0.10
 """What each must add to SFT's held-out accuracy."""
@@ -40,7 +40,7 @@ PLOT = Path(__file__).parents[1] / "docs" / "images" / "learning.png"
 
 SEEN: dict[str, Any] = {"eval_every": 5, "eval_examples": 256}
 PPO: dict[str, Any] = {
-    "steps": 40,
+    "steps": 25,
     "learning_rate": 2.0e-5,
     "optimizer": {"warmup_steps": 5},
     "prompts_per_step": 512,

@@ -1,5 +1,6 @@
 """The reports of an experiment: one a stage and benchmark."""
 
+import sys
 from pathlib import Path
 
 import dagster as dg
@@ -87,10 +88,12 @@ def _evaluate(
     mlx: MlxResource,
 ) -> ReportRef:
     from pipeline.evaluate import Subject, evaluate_checkpoint
+    from pipeline.evaluation.report_page import headline
 
     entry.load_plugins()
     subject = Subject(checkpoint, runs.locate(checkpoint.path), runs.locate(dataset.path))
     report = evaluate_checkpoint(mlx.apply(entry.experiment), evaluation, subject, directory, mlx.settings)
+    print(f"{checkpoint.stage} · {headline(report)}", file=sys.stderr, flush=True)
     head = report.headline
     return ReportRef(
         path=runs.relative(directory),

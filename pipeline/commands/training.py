@@ -61,7 +61,7 @@ def evaluate(
     device: DeviceOption = "auto",
 ) -> None:
     """Put the experiment's benchmarks to a stage's model, which is trained first where it isn't there."""
-    from pipeline.evaluation.report_page import format_score
+    from pipeline.evaluation.report_page import headline
 
     work = workshop(experiment, settings, model_path, data_path, artifacts, device, experiments)
     chosen = [e for e in work.entry.experiment.evaluations if benchmark in (None, e.key)]
@@ -70,6 +70,5 @@ def evaluate(
         raise ValueError(f"no evaluation {benchmark!r} in {work.entry.source}; there are {known}")
     for evaluation in chosen:
         report, folder = work.evaluate(known_stage(work, stage), evaluation)
-        head = report.headline
-        print(f"{report.name}: {head.name} {format_score(head)}, n={head.n}: {folder}")
+        print(f"{headline(report)}: {folder}")
     print(f"page: {work.publish()}")

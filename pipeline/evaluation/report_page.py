@@ -20,6 +20,12 @@ def markdown(report: EvaluationReport, items: Sequence[Item]) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def headline(report: EvaluationReport) -> str:
+    """The score in a line."""
+    head = report.headline
+    return f"{report.name}: {head.name} {format_score(head)}, n={head.n}"
+
+
 def format_score(metric: Metric) -> str:
     """`61.2% [58.5, 63.8]` for a share, else `-0.312 [-0.350, -0.274]`: a score and its 95% interval."""
     if metric.share:

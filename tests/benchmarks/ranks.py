@@ -11,12 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+from pipeline.launch import launched
 from tests.conftest import free_port
 
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
 ROOT = Path(__file__).parents[2]
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-PROMPTS, GROUP, TOKENS = 8, 8, 64
+PROMPTS, GROUP, TOKENS = 8, 8, 256
 
 
 def one_rank() -> None:
@@ -50,11 +51,9 @@ def measured(ranks: int) -> float:
     command = [sys.executable, "-m", "tests.benchmarks.ranks", "--rank"]
     if ranks > 1:
         command = [str(LAUNCH), "--backend", "ring", "-n", str(ranks), "-p", str(free_port()), "--", *command]
-    done = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **ONE_THREAD}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    done = launched(command, cwd=ROOT, env={**os.environ, **ONE_THREAD}, stdout=subprocess.PIPE)
     assert done.stdout is not None
-    (row,) = [json.loads(line) for line in done.stdout if line.startswith("{")]
+    (row,) = [json.loads(line) for line in done.stdout if line.startswith(b"{")]
     done.wait()
     return row["tokens_per_second"]
 

@@ -5,7 +5,7 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from configs.schema import LoraAdapter, PretrainedModel, PromptConfig, ScratchModel
+from configs.schema import LoraAdapter, PromptConfig, ScratchModel
 from mlx_ops.model import (
     add_adapter,
     copy_model,
@@ -13,7 +13,6 @@ from mlx_ops.model import (
     fuse_adapters,
     load_adapter,
     load_policy,
-    locate,
     make_scratch,
     write_adapter,
     write_model,
@@ -116,8 +115,6 @@ def test_adapter_settings_that_name_nothing_are_refused(scratch, adapter, words)
 
 
 def test_missing_and_unknown_models_say_so(scratch, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"model.path: no such folder: \./nowhere"):
-        locate(PretrainedModel(path="./nowhere"))
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         load_policy(tmp_path)
     copy_model(scratch, tmp_path / "odd")

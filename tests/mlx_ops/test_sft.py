@@ -211,7 +211,12 @@ def test_the_checkpoint_with_the_least_validation_loss_is_the_one_to_publish(tmp
     def save(step, metrics):
         seen.append(metrics["validation_loss"])
         store.save(
-            step, write_weights=lambda folder: None, optimizer=sft.optimizer, state={}, metrics=metrics, arrays={}
+            step,
+            write_weights=lambda folder: None,
+            weight_bytes=0,
+            optimizer=sft.optimizer,
+            state={},
+            metrics=metrics,
         )
 
     sft.fit(12, report=lambda step, metrics: None, save=save, evaluate=sft.validate)

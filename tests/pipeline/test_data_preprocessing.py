@@ -255,13 +255,11 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
     path = tmp_path / "growing.jsonl"
 
     class Growing(BaseLoader):
-        name = "growing"
-
         def rows(self):
             path.write_text("more")
             yield Record({"prompt": "p"}, str(path), 1)
 
-        def provenance(self):
+        def provenance(self) -> dict[str, str | int]:
             return {"sha256": sha256(path)}
 
     path.write_text("some")

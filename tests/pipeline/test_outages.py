@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import MonitoringConfig
+from configs.schema import MonitoringConfig, PretrainedModel
 from pipeline import sinks
+from pipeline.hub import locate
 from pipeline.monitoring import open_reporter
 from pipeline.samples import SampleFiles
 from pipeline.sinks import RunInfo, read_metrics
@@ -19,13 +20,18 @@ ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ASK_THE_HUB = """
 from configs.schema import PretrainedModel
-from mlx_ops.model import locate
+from pipeline.hub import locate
 
 try:
     print("found", locate(PretrainedModel(kind="pretrained", path="somebody/something", revision=None)))
 except FileNotFoundError as error:
     print("refused", error)
 """
+
+
+def test_a_model_folder_that_is_not_there_is_named_with_its_field():
+    with pytest.raises(FileNotFoundError, match=r"model.path: no such folder: \./nowhere"):
+        locate(PretrainedModel(path="./nowhere"))
 
 
 @pytest.fixture

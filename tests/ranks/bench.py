@@ -13,6 +13,7 @@ import numpy as np
 from configs.loader import merge
 from configs.schema import ExperimentConfig
 from pipeline.data.store import build_dataset
+from pipeline.launch import launched
 from pipeline.resources import DeviceSettings
 from pipeline.train import make_base
 from tests.conftest import TINY, free_port
@@ -63,11 +64,10 @@ def start(folder: Path, stages: Sequence[str], ranks: int = 2) -> subprocess.Pop
     """The trainings on so many ranks of this machine."""
     launch = [str(LAUNCH), "--backend", "ring", "-n", str(ranks), "-p", str(free_port()), "--"]
     with (folder / "log.txt").open("ab") as log:
-        return subprocess.Popen(
+        return launched(
             [*launch, sys.executable, "-m", "tests.ranks.run", str(folder), *stages],
             cwd=ROOT,
             env={**os.environ, **THREADS},
-            stdin=subprocess.PIPE,  # mlx.launch spins on a standard input that has ended
             stdout=log,
             stderr=log,
         )
