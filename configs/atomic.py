@@ -43,8 +43,10 @@ def read_sealed(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
         value = json.loads(content)
-        seal = value.pop("seal") if isinstance(value, dict) else None
-        if seal is None or _sealed(value).encode() != content:
+        seal = value.pop("seal", None) if isinstance(value, dict) else None
+        if seal is None:
+            raise ValueError("no seal (it was written by an older version, or by hand); make it anew")
+        if _sealed(value).encode() != content:
             raise ValueError("it is not what was written")
     except (OSError, ValueError, LookupError, RecursionError) as error:
         raise ValueError(f"{path}: can't be read: {error}") from error

@@ -141,7 +141,7 @@ class MlxRanks(Ranks):
         """What a collective gives; `RuntimeError` where a rank that died meanwhile made the backend give garbage."""
         found = collective(self._stream)
         answered = mx.distributed.all_sum(mx.array([1.0]), group=self._group, stream=self._stream)
-        if float(answered.item()) != self.size:
+        if float(np.array(answered)[0]) != self.size:
             raise RuntimeError("a rank stopped answering in the middle of a collective")
         return found
 

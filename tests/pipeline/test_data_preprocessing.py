@@ -255,6 +255,10 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
     path = tmp_path / "growing.jsonl"
 
     class Growing(BaseLoader):
+        @property
+        def name(self):
+            return "growing"
+
         def rows(self):
             path.write_text("more")
             yield Record({"prompt": "p"}, str(path), 1)

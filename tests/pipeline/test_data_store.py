@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs.atomic import write_sealed
 from configs.schema import DatasetConfig
 from configs.strict_yaml import parse_yaml
 from pipeline.data.preprocessing import overlapping
@@ -110,6 +111,9 @@ def test_a_folder_without_a_dataset_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no readable manifest\.json"):
         read_examples(tmp_path, "train")
     (tmp_path / "manifest.json").write_text('{"files": {}}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"manifest\.json: can't be read: no seal"):
+        read_examples(tmp_path, "train")
+    write_sealed(tmp_path / "manifest.json", {"files": {}})
     with pytest.raises(ValueError, match=r"manifest\.json: format None"):
         read_summary(tmp_path)
     with pytest.raises(ValueError, match=r"train\.jsonl: missing"):

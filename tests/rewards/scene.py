@@ -140,6 +140,11 @@ def adopt_orphans() -> None:
 
 def survivors(known: set[int]) -> list[str]:
     """Command lines of the descendants of this process, but for `known`."""
+    return [_command(pid) for pid in descendants() - known]
+
+
+def descendants() -> set[int]:
+    """The processes that this one started, or that theirs did. What other tests left is there before a test begins."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -154,9 +159,7 @@ def survivors(known: set[int]) -> list[str]:
         more = {pid for pid, parent in parents.items() if parent in mine} - mine
         mine |= more
         grew = bool(more)
-    commands = [_command(pid) for pid in mine - known - {os.getpid()}]
-    # W&B's service outlives the tests that started it in this process.
-    return [command for command in commands if "wandb-core" not in command]
+    return mine - {os.getpid()}
 
 
 def _command(pid: int) -> str:

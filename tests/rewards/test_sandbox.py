@@ -14,7 +14,7 @@ from rewards.sandbox import Job, Judge, Limits
 from rewards.sandbox_backends import Place, candidates, seatbelt_profile
 from tests.rewards.attacks import ATTEMPTS, HONEST, PROGRAMS, TEST, attempt
 from tests.rewards.hostile import SNIPPETS, VECTORS, problems
-from tests.rewards.scene import adopt_orphans, memory, scene, survivors, work_dirs
+from tests.rewards.scene import adopt_orphans, descendants, memory, scene, survivors, work_dirs
 
 BRIEF = Limits(wall_seconds=3, cpu_seconds=2)
 MBPP = VECTORS.parent / "data" / "mbpp" / "sanitized-mbpp.json"
@@ -68,6 +68,7 @@ def test_no_hostile_snippet_passes_or_breaks_anything_and_every_control_passes(j
         pytest.skip(f"{SNIPPETS} is not here")
     data = json.loads(SNIPPETS.read_text(encoding="utf-8"))
     adopt_orphans()
+    known = descendants()
     found = []
     with scene() as it:
         for entry in data["snippets"]:
@@ -75,13 +76,14 @@ def test_no_hostile_snippet_passes_or_breaks_anything_and_every_control_passes(j
         for entry in data["controls"]:
             found += problems(judge, entry, it)[1]
         time.sleep(1)
-        found += survivors({it.victim.pid})
+        found += survivors(known | {it.victim.pid})
     assert found == []
 
 
 @linux_only
 def test_no_attack_of_our_own_works_and_odd_but_honest_programs_pass(judge):
     adopt_orphans()
+    known = descendants()
     attacks = {name: attempt(body) for name, body in ATTEMPTS.items()} | PROGRAMS
     with scene() as it:
         names = [*attacks, *HONEST]
@@ -90,7 +92,7 @@ def test_no_attack_of_our_own_works_and_odd_but_honest_programs_pass(judge):
         assert [name for name in attacks if by_name[name].status not in ("failed", "timeout")] == []
         assert [(name, by_name[name].detail) for name in HONEST if by_name[name].status != "passed"] == []
         assert it.damage() == []
-        assert survivors({it.victim.pid}) == []
+        assert survivors(known | {it.victim.pid}) == []
     assert work_dirs() == set()
 
 
@@ -109,6 +111,7 @@ def test_without_a_sandbox_the_self_test_fails():
 @linux_only
 def test_many_runs_of_two_judges_leave_nothing(best):
     adopt_orphans()
+    known = descendants()
     programs = [ADD, "def add(a, b):\n    return 0\n", "import os\nos._exit(0)\n", "x = ("]
     jobs = [Job(programs[n % 4], TEST, "add") for n in range(40)]
     best.check_all(jobs)
@@ -118,7 +121,7 @@ def test_many_runs_of_two_judges_leave_nothing(best):
             assert [verdict.status for verdict in it.check_all(jobs)].count("passed") == 10
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
     assert memory() - used < 16 << 20
-    assert survivors(set()) == []
+    assert survivors(known) == []
     assert work_dirs() == set()
 
 
@@ -193,9 +196,10 @@ def test_a_failing_assert_is_named(best):
 
 def test_time_counts_from_the_start_of_the_run():
     with Judge(Limits(wall_seconds=1.5), workers=4) as judge:
-        slow = Job("import time\ndef add(a, b):\n    time.sleep(1)\n    return a + b\n", "assert add(2, 3) == 5", "add")
+        sleeps = "import time\ndef add(a, b):\n    time.sleep(1)\n    return a + b\n"
+        slow = [Job(sleeps, f"assert add({n}, 3) == {n + 3}", "add") for n in range(8)]
         started = time.monotonic()
-        verdicts = judge.check_all([slow] * 8)
+        verdicts = judge.check_all(slow)
         waited = time.monotonic() - started
     assert [verdict.status for verdict in verdicts] == ["passed"] * 8
     assert waited > 2
