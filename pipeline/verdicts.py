@@ -89,26 +89,23 @@ def _score_plot(after: Path, others: Mapping[str, Path]) -> dg.MarkdownMetadataV
 
 def changed(before: Path, after: Path) -> list[dict[str, Any]]:
     """The same prompts with the answers of both, where their scores differ: first those gained, then those lost."""
+    from pipeline.evaluation.compare import changed_items
     from pipeline.evaluation.report_files import read_items, read_report
 
     metric = read_report(after).task.metric
-    old = {item.id: item for item in read_items(before)}
-    gained, lost = [], []
-    for new in read_items(after):
-        was, now = old[new.id].scores.get(metric) if new.id in old else None, new.scores.get(metric)
-        if was is None or now is None or was == now:
-            continue
-        row = {
+    gained, lost = changed_items(read_items(before), read_items(after), metric)
+    return [
+        {
             "id": new.id,
             "prompt": new.prompt,
             "reference": new.reference,
-            "before": _text(old[new.id]),
+            "before": _text(old),
             "after": _text(new),
-            "score before": was,
-            "score after": now,
+            "score before": old.scores[metric],
+            "score after": new.scores[metric],
         }
-        (gained if now > was else lost).append(row)
-    return gained[:MAX_CHANGED] + lost[:MAX_CHANGED]
+        for old, new in gained[:MAX_CHANGED] + lost[:MAX_CHANGED]
+    ]
 
 
 def _text(item: Any) -> str:
