@@ -27,7 +27,7 @@ SECONDS = 60
 def main(folder: Path) -> int:
     """Screenshots into `folder`; 0 where every page showed what it should, or where there is no browser."""
     try:
-        from playwright.sync_api import sync_playwright
+        from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports] (not a dependency)
     except ImportError:
         print("skipped: no Playwright here; pip install playwright")
         return 0
