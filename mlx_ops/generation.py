@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from configs.schema import SamplingConfig
 from mlx_ops.backend import one_blas_thread, prepare
 from mlx_ops.batching import Completion
+from mlx_ops.compiled_rows import compiled
 from mlx_ops.holding import Held, Kind, choose, hold
 from mlx_ops.row_cache import refusal, takes_row_masks, token_bytes
 from mlx_ops.sampling import Sampler, make_sampler, uniforms
@@ -171,6 +172,8 @@ class _Engine:
                 active, tokens = [active[slot] for slot in alive], tokens[mx.array(alive, dtype=mx.int32)]
                 if active:
                     held.keep(alive, self._left(active))
+            if active and not waiting:
+                held = compiled(held, len(active))
 
     def _admit(self, held: Held | None, rows: Sequence[_Row]) -> Held:
         """Rows with the caches of their prompts, beside those that are held."""

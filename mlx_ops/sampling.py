@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.schema import SamplingConfig
+from mlx_ops.exponential import exp
 from mlx_ops.logprobs import at_least_float32
 
 Sampler = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
@@ -54,7 +55,7 @@ def draw(logits: mx.array, u: mx.array) -> tuple[mx.array, mx.array]:
     float32's rounding then stays relative to a block's mass.
     """
     top = logits.max(axis=-1, keepdims=True)
-    weights = mx.exp(logits - top)
+    weights = exp(logits, top)
     if logits.shape[-1] <= ONE_LEVEL:
         tokens, mass = _invert(weights, u[:, :1]), weights.sum(axis=-1, keepdims=True)
     else:

@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import base
 
+from mlx_ops.exponential import softmax
 from mlx_ops.row_cache import RowCache, causal_mask
 
 _NAME = "scaled_dot_product_attention"
@@ -127,7 +128,7 @@ class SharedPromptCache:
             prompt = layout.scatter(layout.gather(queries) @ self.prompt.keys.swapaxes(-1, -2), repeats)
             scores = mx.concatenate([prompt, scores], axis=-1)
         scores = scores if mask is None else mx.where(mask, scores, -mx.inf)
-        weights = mx.softmax(scores, axis=-1, precise=True)
+        weights = softmax(scores)
         out = weights[..., columns:] @ values
         if columns:
             out = out + layout.scatter(layout.gather(weights[..., :columns]) @ self.prompt.values, repeats)
