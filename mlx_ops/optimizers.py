@@ -1,13 +1,18 @@
-"""Optimizers of mlx.optimizers and their learning-rate schedules, from the configuration."""
+"""Optimizers of mlx.optimizers and their learning-rate schedules, from the configuration; and the step they make."""
 
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map
 
 from configs.schema import OptimizerConfig
+from mlx_ops.backend import prepare
+from mlx_ops.batching import Tree
 
 Schedule = Callable[[mx.array], mx.array]
 
@@ -42,3 +47,41 @@ def _rate(step: mx.array, *, config: OptimizerConfig, peak: float, updates: int)
     else:
         decay = floor + (1.0 - floor) * 0.5 * (1.0 + mx.cos(math.pi * progress))
     return peak * warming * decay
+
+
+class ClippedStep:
+    """Moves a model by gradients scaled down to `max_norm` where they exceed it.
+
+    AdamW is a dozen passes over weights and moments; compiled, where the backend fuses, it is one. Weights have one
+    shape, so it is traced once.
+    """
+
+    def __init__(self, optimizer: optim.Optimizer, max_norm: float) -> None:
+        self.optimizer, self.max_norm = optimizer, max_norm
+        self._moved = mx.compile(self._move) if prepare().compiles else self._move
+
+    def __call__(self, model: nn.Module, grads: Tree, norm: mx.array) -> None:
+        """Make the step, not yet evaluated; `norm` is that of `grads`."""
+        weights = cast(Tree, model.trainable_parameters())
+        # Moments that came with the first step would be another shape of state, and a second trace.
+        self.optimizer.init(weights)
+        weights, state = self._moved(weights, self.optimizer.state, grads, norm)
+        model.update(weights)
+        self.optimizer.state = state
+
+    def _move(self, weights: Tree, state: Tree, grads: Tree, norm: mx.array) -> tuple[Tree, Tree]:
+        self.optimizer.state = state
+        moved = self.optimizer.apply_gradients(clipped(grads, norm, self.max_norm), weights)
+        return moved, cast(Tree, self.optimizer.state)
+
+
+def global_norm(grads: Tree) -> mx.array:
+    """The norm of all gradients together, in float32."""
+    squares = [mx.sum(mx.square(cast(mx.array, g).astype(mx.float32))) for _, g in tree_flatten(grads)]
+    return mx.sqrt(mx.sum(mx.stack(squares)))
+
+
+def clipped(grads: Tree, norm: mx.array, limit: float) -> Tree:
+    """Gradients of this norm, scaled down to `limit` where they exceed it."""
+    scale = mx.minimum(limit / (norm + 1e-6), 1.0)
+    return tree_map(lambda g: (g * scale).astype(g.dtype), grads)

@@ -23,11 +23,11 @@ from mlx_ops.batching import TokenRows, Tree, pad_floats
 from mlx_ops.critic import ActorCritic, actor_critic
 from mlx_ops.logprobs import kl_estimate, masked_mean, masked_whiten, token_logprobs
 from mlx_ops.losses import clipped_value_loss, value_metrics
-from mlx_ops.optimizers import make_optimizer
+from mlx_ops.optimizers import ClippedStep, global_norm, make_optimizer
 from mlx_ops.policy import PolicyBatch, Row, make_row, split, totals
 from mlx_ops.policy_loss import clip_surrogate, full_loss
 from mlx_ops.rollout import Group, rollout_metrics, sample_rows
-from mlx_ops.trainer import Metrics, clipped, global_norm, mean_of
+from mlx_ops.trainer import Metrics, mean_of
 
 CRITIC, CRITIC_OPTIMIZER = "critic.", "critic_optimizer."
 
@@ -51,6 +51,7 @@ class PPOTrainer(PolicyTrainer[PPOConfig]):
         updates = config.steps * config.updates_per_step
         own = make_optimizer(config.critic.optimizer, config.critic.learning_rate, updates)
         self.critic_optimizer = own if critic_optimizer is None else critic_optimizer
+        self.critic_step = ClippedStep(self.critic_optimizer, config.critic.optimizer.max_grad_norm)
         self.kl = AdaptiveKL(config.kl_coef, config.kl_target or 1.0, config.kl_horizon)
         self.trains_policy = True
         self.seen: list[Metrics] = []
@@ -120,10 +121,9 @@ class PPOTrainer(PolicyTrainer[PPOConfig]):
     def apply(self, grads: Tree, norms: Mapping[str, mx.array]) -> None:
         """A step of each optimizer on gradients clipped apart; while the critic warms up, of its own alone."""
         policy, critic = self.actor_critic.policy, self.actor_critic.critic
-        limit = self.config.critic.optimizer.max_grad_norm
-        self.critic_optimizer.update(critic, clipped(grads["critic"], norms["critic_grad_norm"], limit))
+        self.critic_step(critic, grads["critic"], norms["critic_grad_norm"])
         if self.trains_policy:
-            self.optimizer.update(policy, clipped(grads["policy"], norms["grad_norm"], self.limits.max_grad_norm))
+            self.optimizer_step(policy, grads["policy"], norms["grad_norm"])
         mx.eval(self.model.trainable_parameters(), self.optimizer.state, self.critic_optimizer.state)
 
     def _valued(self, rows: Sequence[Row]) -> tuple[list[Row], Metrics]:

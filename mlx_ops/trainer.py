@@ -8,15 +8,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from mlx_ops.batching import Tree
 from mlx_ops.distributed import ALONE, Ranks
+from mlx_ops.optimizers import ClippedStep, global_norm
 
 Batch = TypeVar("Batch")
 Metrics = dict[str, float]
@@ -50,6 +51,7 @@ class BaseTrainer(ABC, Generic[Batch]):
         self, model: nn.Module, optimizer: Optimizer, *, seed: int, limits: Limits, ranks: Ranks = ALONE
     ) -> None:
         self.model, self.optimizer, self.seed, self.limits, self.ranks = model, optimizer, seed, limits, ranks
+        self.optimizer_step = ClippedStep(optimizer, limits.max_grad_norm)
         self.completed = 0
         self.resting = True
         """The weights are those of `completed` steps, `committed` is the state after them, and they are reported."""
@@ -181,7 +183,7 @@ class BaseTrainer(ABC, Generic[Batch]):
 
     def apply(self, grads: Tree, norms: Mapping[str, mx.array]) -> None:
         """Move the weights by gradients that are finite."""
-        self.optimizer.update(self.model, clipped(grads, norms["grad_norm"], self.limits.max_grad_norm))
+        self.optimizer_step(self.model, grads, norms["grad_norm"])
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
 
 
@@ -209,18 +211,6 @@ def nonfinite_in_a_row(finite: bool, before: int, limit: int) -> int:
             "lower the learning rate, or look at the batches that were kept under nonfinite/"
         )
     return count
-
-
-def global_norm(grads: Tree) -> mx.array:
-    """The norm of all gradients together, in float32."""
-    squares = [mx.sum(mx.square(cast(mx.array, g).astype(mx.float32))) for _, g in tree_flatten(grads)]
-    return mx.sqrt(mx.sum(mx.stack(squares)))
-
-
-def clipped(grads: Tree, norm: mx.array, limit: float) -> Tree:
-    """Gradients of this norm, scaled down to `limit` where they exceed it."""
-    scale = mx.minimum(limit / (norm + 1e-6), 1.0)
-    return tree_map(lambda g: (g * scale).astype(g.dtype), grads)
 
 
 def rates(metrics: Mapping[str, float]) -> Metrics:

@@ -24,10 +24,13 @@ Panels = Mapping[str, Callable[[str], bool]]
 
 
 def curves(rows: Sequence[Row], panels: Panels, title: str) -> dg.MarkdownMetadataValue | None:
-    """Metrics of `metrics.jsonl` rows over their steps, panel by panel; `None` where no row has any of them."""
+    """Metrics of `metrics.jsonl` rows over their steps, panel by panel; `None` where no row has any of them.
+
+    What is 0 throughout, or the same as a line before it (the only part of a reward), is left out.
+    """
     names = list(dict.fromkeys(name for row in rows for name in row))
     series = {
-        panel: {name: points for name in names if shows(name) and (points := _points(rows, name))}
+        panel: _distinct({name: _points(rows, name) for name in names if shows(name)})
         for panel, shows in panels.items()
     }
     drawn = {panel: lines for panel, lines in series.items() if lines}
@@ -36,6 +39,14 @@ def curves(rows: Sequence[Row], panels: Panels, title: str) -> dg.MarkdownMetada
     pictures = (_draw_curves(drawn, most) for most in POINTS)
     png = next((png for png in pictures if len(png) <= MAX_BYTES), None)
     return None if png is None else markdown(png, title)
+
+
+def _distinct(series: Mapping[str, list[tuple[float, float]]]) -> dict[str, list[tuple[float, float]]]:
+    kept: dict[str, list[tuple[float, float]]] = {}
+    for name, points in series.items():
+        if any(value for _, value in points) and points not in kept.values():
+            kept[name] = points
+    return kept
 
 
 def _points(rows: Sequence[Row], name: str) -> list[tuple[float, float]]:
@@ -51,6 +62,7 @@ def _draw_curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]
             thin = _thinned(points, most)
             axes.plot(*zip(*thin, strict=True), label=name, linewidth=1.2, marker="." if len(thin) < 20 else None)
         axes.set_title(title, fontsize=9)
+        axes.set_xlabel("step", fontsize=7, labelpad=1)
         if len(series) > 1:
             axes.legend(fontsize=6)
     for unused in places[len(panels) :]:

@@ -1,4 +1,4 @@
-"""`make bench`: one GRPO step of each size of model that it makes itself; `--model DIR` of `grpo_step` takes yours."""
+"""`make bench`: steps, rollouts beside mlx-lm's and updates of two models made here; each part takes `--model DIR`."""
 
 import subprocess
 import sys
@@ -22,15 +22,25 @@ SIZES = {
 TEXTS = [f"What is {a} + {b}? {a} + {b} = {a + b}" for a in range(60) for b in range(60)]
 
 
+PARTS = {
+    "grpo_step": ["--force-length"],
+    "rollout": ["--rows", "32"],
+    "rollout, unequal lengths": ["--rows", "32", "--unequal"],
+    "update": [],
+    "paged_cache": [],
+}
+
+
 def main() -> None:
-    """Print a line of figures for each size."""
+    """Print the figures of each part for each size."""
     with tempfile.TemporaryDirectory() as temporary:
         for name, size in SIZES.items():
             folder = Path(temporary) / name
             make_scratch(size, TEXTS, folder, seed=0)
-            print(f"{name}, 4 prompts x 8 completions x 64 tokens, LoRA rank 8:", flush=True)
-            command = [sys.executable, "-m", "tests.benchmarks.grpo_step", "--model", str(folder), "--force-length"]
-            subprocess.run(command, check=True)
+            for part, arguments in PARTS.items():
+                print(f"\n{part}, {name}:", flush=True)
+                module = f"tests.benchmarks.{part.partition(',')[0]}"
+                subprocess.run([sys.executable, "-m", module, "--model", str(folder), *arguments], check=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from mlx_lm.models import qwen2
 
 from mlx_ops.backend import prepare
 from tests.benchmarks.rollout import GROUP, Work, engine, mlx_lm_generator, unequal_lengths
-from tests.benchmarks.update import every_row, group_rows, shared, update
+from tests.benchmarks.update import every_row, group_rows, shared, trained, update
 
 SHAPE = {
     "hidden_size": 896,
@@ -94,6 +94,7 @@ def updates(model: Any, groups: int, peak: float, repeats: int, with_torch: bool
     cases = {
         "prompt once a group, compiled": update(model, rows, shared, compiled=True),
         "prompt once a group": update(model, rows, shared),
+        "the same in the trainer": trained(model, groups, PROMPT, NEW),
         "prompt in every row, compiled": update(model, rows, every_row, compiled=True),
     }
     if with_torch:
@@ -166,6 +167,8 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.profile:
         for rows in arguments.rows:
             profile(f"a decode step of {rows} rows", engine(work(model, rows)), NEW)
+        for groups in arguments.groups:
+            profile(f"the trainer's update of {groups} x {GROUP} rows", trained(model, groups, PROMPT, NEW), 1)
 
 
 def parser() -> argparse.ArgumentParser:

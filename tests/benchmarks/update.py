@@ -27,11 +27,15 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
+from configs.schema import GRPOConfig, SamplingConfig
 from mlx_ops.batching import TokenRows, token_rows
 from mlx_ops.checkpointing import checkpoint_layers
 from mlx_ops.forward import project, score
+from mlx_ops.grpo import GRPOTrainer
 from mlx_ops.logprobs import token_logprobs
 from mlx_ops.microbatches import bucketed, plan
+from mlx_ops.optimizers import ClippedStep, global_norm
+from mlx_ops.policy import Row, totals
 from tests.benchmarks.rollout import unequal_lengths
 
 GROUP = 8
@@ -67,13 +71,14 @@ def gradient(model: Any, rows: TokenRows, logprobs: Logprobs) -> tuple[mx.array,
 
 
 def update(model: Any, rows: TokenRows, logprobs: Logprobs, *, compiled: bool = False) -> Case:
-    """Forward, backward and AdamW."""
+    """Forward, backward and AdamW, its step compiled as the trainer's is; `compiled` as a whole."""
     optimizer = optim.AdamW(1e-6)
     optimizer.init(model.trainable_parameters())
+    move = ClippedStep(optimizer, 1.0)
 
     def step() -> mx.array:
         value, grads = gradient(model, rows, logprobs)
-        optimizer.update(model, grads)
+        move(model, grads, global_norm(grads))
         return value
 
     state = [model.state, optimizer.state]
@@ -82,6 +87,34 @@ def update(model: Any, rows: TokenRows, logprobs: Logprobs, *, compiled: bool = 
     def case() -> int:
         mx.eval(chosen(), state)
         return sum(rows.completion_lengths)
+
+    return case
+
+
+def trained(model: Any, prompts: int, prompt: int, new: int) -> Case:
+    """`GRPOTrainer.update` of groups of 8 in one microbatch, with all that it measures."""
+    sampling = SamplingConfig(max_tokens=new)
+    config = GRPOConfig(steps=1, prompts_per_step=prompts, group_size=GROUP, sampling=sampling)
+    trainer = GRPOTrainer(
+        *(model, optim.AdamW(1e-6, bias_correction=True), config),
+        draw=lambda position, count: ([], {}),
+        weights={"task": 1.0},
+        token_budget=prompts * (prompt + GROUP * bucketed(new)),
+        seed=0,
+        keep=lambda rows: None,
+    )
+    heads, tails = random_prompts(model, prompts, prompt), random_prompts(model, prompts * GROUP, new)
+    advantages = [1.0 if place % 2 else -1.0 for place in range(prompts * GROUP)]
+    rows = [
+        Row(tuple(heads[place // GROUP]), tuple(tail), [-5.0] * new, [advantage] * new, counts=True, place=place)
+        for place, (tail, advantage) in enumerate(zip(tails, advantages, strict=True))
+    ]
+    minibatch = trainer.minibatch(rows, totals(rows))
+    model.train()
+
+    def case() -> int:
+        trainer.update(minibatch)
+        return prompts * GROUP * new
 
     return case
 
@@ -105,6 +138,7 @@ def compare_prompts(name: str, model: Any, repeats: int) -> None:
         rows = group_rows(model, 4, prompt, new)
         cases = {
             "prompt once a group": update(model, rows, shared),
+            "the same in the trainer": trained(model, 4, prompt, new),
             "prompt once a group, compiled": update(model, rows, shared, compiled=True),
             "prompt in every row": update(model, rows, every_row),
             "prompt in every row, compiled": update(model, rows, every_row, compiled=True),
@@ -120,7 +154,7 @@ def microbatched(
 ) -> Case:
     """Forward and backward of each part, gradients added, and one AdamW step."""
     optimizer = optim.AdamW(1e-6)
-    optimizer.init(model.trainable_parameters())
+    move = ClippedStep(optimizer, 1.0)
     batches = [token_rows([prompts[row] for row in part], [completions[row] for row in part]) for part in parts]
 
     def case() -> int:
@@ -129,7 +163,7 @@ def microbatched(
             _, grads = gradient(model, rows, shared)
             total = grads if total is None else tree_map(mx.add, total, grads)
             mx.eval(total)
-        optimizer.update(model, total)
+        move(model, total, global_norm(total))
         mx.eval(model.state, optimizer.state)
         return sum(len(row) for row in completions)
 

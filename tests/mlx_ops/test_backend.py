@@ -1,3 +1,4 @@
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,15 @@ def test_threads_are_lowered_to_the_usable_cores_and_never_raised(monkeypatch):
     library.threads = 1
     backend._limit_threads(library)  # pyright: ignore[reportArgumentType]
     assert library.threads == 1
+
+
+def test_one_thread_inside_the_block_and_as_many_as_before_after_it():
+    path = backend.preload_blas()
+    names = [get for get, _ in backend._THREADS if path and hasattr(ctypes.CDLL(path), get)]
+    if not path or not names:
+        pytest.skip("no BLAS here whose threads can be set")
+    threads = getattr(ctypes.CDLL(path), names[0])
+    before = threads()
+    with backend.one_blas_thread():
+        assert threads() == 1
+    assert threads() == before

@@ -44,8 +44,7 @@ def test_rows_that_are_taken_over_go_on_as_before(lengths):
     index, seeds, steps = sorted(list(range(len(lengths))) * 2), list(range(len(lengths) * 2)), COLUMNS + 20
     begun = [hold("shared", model, prompts, index, steps + 5) for _ in range(2)]
     last = mx.array([prompts[place][-1] for place in index])
-    for held in begun:
-        tokens, _ = advance(model, held, last, seeds, 0, 5)
+    (tokens, _), _ = [advance(model, held, last, seeds, 0, 5) for held in begun]
     taken = compiled(begun[1], len(index))
     assert isinstance(taken, CompiledRows)
     expected = advance(model, begun[0], mx.array(tokens[-1]), seeds, 5, steps)
@@ -58,11 +57,11 @@ def test_rows_that_joined_later_and_rows_that_are_left_stand_at_their_own_positi
     model, prompts = tiny_model(), tokens_of([8, 5, 11])
     both = [hold("shared", model, prompts[:2], [0, 0, 1], 40) for _ in range(2)]
     last = mx.array([prompts[place][-1] for place in (0, 0, 1)])
+    (tokens, _), _ = [advance(model, held, last, [0, 1, 2], 0, 4) for held in both]
     for held in both:
-        tokens, _ = advance(model, held, last, [0, 1, 2], 0, 4)
         held.join(prompts[2:], [0], 40)
-        more = mx.concatenate([mx.array(tokens[-1]), mx.array(prompts[2][-1:])])
-        tokens, _ = advance(model, held, more, [0, 1, 2, 3], 4, 6)
+    more = mx.concatenate([mx.array(tokens[-1]), mx.array(prompts[2][-1:])])
+    (tokens, _), _ = [advance(model, held, more, [0, 1, 2, 3], 4, 6) for held in both]
     left, rows = compiled(both[1], 4), mx.array(tokens[-1])
     kept = rows[mx.array([1, 3])]
     for held in (both[0], left):

@@ -13,9 +13,9 @@ from configs.schema import LoraAdapter, PromptConfig, SFTConfig
 from mlx_ops.checkpoint import CheckpointStore
 from mlx_ops.model import add_adapter
 from mlx_ops.neftune import NoisyEmbedding, embedding_of
+from mlx_ops.optimizers import global_norm
 from mlx_ops.pairs import Pair
 from mlx_ops.sft import SFTTrainer, make_pairs, sft_batches
-from mlx_ops.trainer import global_norm
 from rewards.base import Example
 from tests.mlx_ops.test_prompts import CHATML, EXAMPLE, tokenizer
 from tests.mlx_ops.tiny import leaves, tiny_model

@@ -10,8 +10,8 @@ import pytest
 from mlx.optimizers import SGD
 
 from configs.schema import OptimizerConfig
-from mlx_ops.optimizers import make_schedule
-from mlx_ops.trainer import BaseTrainer, Limits, global_norm, mean_of, named_arrays, rates, whole_of
+from mlx_ops.optimizers import global_norm, make_schedule
+from mlx_ops.trainer import BaseTrainer, Limits, mean_of, named_arrays, rates, whole_of
 
 
 class Toy(BaseTrainer[float]):

@@ -244,6 +244,13 @@ def test_a_plot_of_a_noisy_run_with_every_panel_stays_small():
     assert len(plot.md_str) < MAX_BYTES * 4 / 3 + 100
 
 
+def test_a_line_of_zeros_and_a_part_that_is_the_whole_reward_are_not_drawn():
+    rows = [{"step": step, "reward": step / 10, "kl": 0.0} for step in range(1, 10)]
+    plain = training_metadata([{"step": row["step"], "reward": row["reward"]} for row in rows], [])["curves"]
+    assert training_metadata([row | {"reward/numeric_answer": row["reward"]} for row in rows], [])["curves"] == plain
+    assert training_metadata([row | {"reward/length": 0.5} for row in rows], [])["curves"] != plain
+
+
 def test_metrics_that_no_row_has_make_no_plot():
     panels = {"KL": {"kl"}.__contains__}
     assert curves([{"step": 1, "loss": 1.0}], panels, "curves") is None

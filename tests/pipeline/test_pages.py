@@ -20,7 +20,7 @@ from pipeline.sinks import JsonLines
 from rewards.base import Example
 from tests.pipeline.evaluating import config, context, speak, speaker
 
-HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"' </pre></body> {{ 7*7 }} \u202e"
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"' </pre></body> {{ 739*739 }} \u202e"
 PLAIN = PromptConfig(chat=False)
 EXAMPLES = [Example(f"e{i}", f"{i} + {i}? {HOSTILE}", answer=str(2 * i)) for i in range(20)]
 
@@ -100,7 +100,7 @@ def test_hostile_text_is_shown_as_it_is(root):
     words = "".join(Tags(page).words)
     assert words.count(HOSTILE) >= 6
     assert "<script" not in page
-    assert "49" not in re.findall(r"\{\{ 7\*7 \}\}|\b49\b", page)
+    assert str(739 * 739) not in page
 
 
 def test_no_template_turns_escaping_off():
