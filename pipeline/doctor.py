@@ -1,13 +1,14 @@
 """What this machine has for the work, what is missing, and the one line that mends it."""
 
 import platform
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from configs.atomic import free_bytes
+from pipeline.provenance import PACKAGES, installed
 
 if TYPE_CHECKING:
     from mlx_ops.backend import Backend
@@ -89,8 +90,7 @@ def _sandbox() -> Finding:
 
 
 def _disk(artifacts: Path) -> Finding:
-    there = next(folder for folder in (artifacts, *artifacts.parents) if folder.is_dir())
-    free = shutil.disk_usage(there).free / 1e9
+    free = free_bytes(artifacts) / 1e9
     words = f"{free:.0f} GB free in {artifacts}"
     if free < LOW_DISK_GB:
         return Finding("disk", "slow", words, "make room, or keep fewer checkpoints: checkpoint.keep_last: 1")
@@ -109,14 +109,10 @@ def _history(root: Path) -> Finding:
 
 
 def _versions() -> Finding:
-    from pipeline.provenance import PACKAGES, installed
-
     return Finding("versions", "ok", ", ".join(f"{name} {number}" for name, number in installed(PACKAGES).items()))
 
 
 def _optional() -> Iterator[Finding]:
+    found = installed(OPTIONAL)
     for name, (use, fix) in OPTIONAL.items():
-        try:
-            yield Finding(name, "ok", version(name))
-        except PackageNotFoundError:
-            yield Finding(name, "missing", f"for {use}", fix)
+        yield Finding(name, "ok", found[name]) if name in found else Finding(name, "missing", f"for {use}", fix)

@@ -99,14 +99,10 @@ def changed(before: Path, after: Path) -> list[dict[str, Any]]:
             "id": new.id,
             "prompt": new.prompt,
             "reference": new.reference,
-            "before": _text(old),
-            "after": _text(new),
+            "before": old.text,
+            "after": new.text,
             "score before": old.scores[metric],
             "score after": new.scores[metric],
         }
         for old, new in gained[:MAX_CHANGED] + lost[:MAX_CHANGED]
     ]
-
-
-def _text(item: Any) -> str:
-    return item.samples[0].text if item.samples else (item.error or "")

@@ -18,6 +18,8 @@ def leaderboard(experiment: OptionalExperiment = None, artifacts: ArtifactsOptio
     from rich.console import Console
 
     from pipeline.evaluation.leaderboard import read_leaderboard, render_table
+    from pipeline.evaluation.report_files import PAGE
+    from pipeline.pages.gather import newest_folders
     from pipeline.pages.render import REPORT_PAGE
     from pipeline.resources import RunStore
 
@@ -29,15 +31,9 @@ def leaderboard(experiment: OptionalExperiment = None, artifacts: ArtifactsOptio
     for name in sorted({row.experiment for row in rows}):
         folder = runs.directory / name
         page = [folder / REPORT_PAGE] if (folder / REPORT_PAGE).is_file() else []
-        print(f"Reports of {name}:", *page, *newest_reports(folder / "reports"), sep="\n  ")
+        reports = sorted(found / PAGE for found in newest_folders((folder / "reports").glob(f"*/*/{PAGE}")))
+        print(f"Reports of {name}:", *page, *reports, sep="\n  ")
     print("\nLook at it in the UI: make dev")
-
-
-def newest_reports(folder: Path) -> list[Path]:
-    """The newest page of each report, by stage and evaluation."""
-    names = sorted(folder.iterdir()) if folder.is_dir() else []
-    pages = [sorted(name.glob("*/report.md"), key=lambda page: page.stat().st_mtime) for name in names]
-    return [found[-1] for found in pages if found]
 
 
 def report(experiment: OptionalExperiment = None, artifacts: ArtifactsOption = "artifacts") -> None:

@@ -215,6 +215,11 @@ class Item(Strict):
     """Why the problem could not be graded."""
     samples: tuple[Sample, ...]
 
+    @property
+    def text(self) -> str:
+        """What is shown of it: its first completion, or why there is none."""
+        return self.samples[0].text if self.samples else self.error or ""
+
 
 # ---- what may be compared ------------------------------------------------------------------------------------------
 

@@ -62,7 +62,7 @@ def experiments(root: Path) -> list[str]:
 def newest_reports(root: Path, experiment: str) -> list[Found]:
     """The newest report of each stage and benchmark; one that can't be read is named in the log and passed over."""
     found = []
-    for folder in _newest((root / experiment / "reports").glob(f"*/*/{REPORT}")):
+    for folder in newest_folders((root / experiment / "reports").glob(f"*/*/{REPORT}")):
         try:
             found.append(Found(read_report(folder), folder))
         except ValueError as error:
@@ -72,7 +72,7 @@ def newest_reports(root: Path, experiment: str) -> list[Found]:
 
 def stage_runs(root: Path, experiment: str, reports: Sequence[Found]) -> list[StageRun]:
     """The trainings that made the evaluated models; of a stage without a report, its newest."""
-    newest = {folder.parent.name: folder for folder in _newest((root / experiment).glob(f"*/*/{METRICS}"))}
+    newest = {folder.parent.name: folder for folder in newest_folders((root / experiment).glob(f"*/*/{METRICS}"))}
     evaluated = {one.report.model.stage: _run_directory(root, one.report) for one in reports}
     directories = newest | {stage: folder for stage, folder in evaluated.items() if folder is not None}
     return [stage_run(stage, directories[stage]) for stage in STAGES if stage in directories]
@@ -89,7 +89,7 @@ def _of_different_prompts(samples: Sequence[dict[str, Any]]) -> list[dict[str, A
     return [sample for sample in samples if first[sample["prompt"]] is sample][:SAMPLES]
 
 
-def _newest(files: Iterator[Path]) -> list[Path]:
+def newest_folders(files: Iterator[Path]) -> list[Path]:
     """Of the files `…/<name>/<run>/<file>`, the folder of the newest of each name."""
     whole = [file for file in files if not file.parent.name.startswith(".")]
     newest = {file.parents[1]: file.parent for file in sorted(whole, key=lambda file: file.stat().st_mtime)}

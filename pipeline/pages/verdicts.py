@@ -70,11 +70,7 @@ def changes_between(before: Sequence[Item], after: Sequence[Item], metric: str) 
     """The first few problems gained, then the first few lost, with both models' completions."""
     gained, lost = changed_items(before, after, metric)
     return tuple(
-        Change(kind, new.prompt, new.reference or "", _text(old), _text(new))
+        Change(kind, new.prompt, new.reference or "", old.text, new.text)
         for kind, pairs in ((True, gained), (False, lost))
         for old, new in pairs[:CHANGED]
     )
-
-
-def _text(item: Item) -> str:
-    return item.samples[0].text if item.samples else item.error or ""

@@ -6,7 +6,6 @@ from typer.testing import CliRunner
 from configs.atomic import write_json
 from configs.loader import load_experiment
 from pipeline.cli import app, main
-from pipeline.commands.showing import newest_reports
 from pipeline.samples import SampleFiles
 
 ROW = {
@@ -54,7 +53,8 @@ def test_of_each_report_the_newest_page_is_named(artifacts):
     newer = folder / "grpo_held_out" / "ffff0000" / "report.md"
     newer.parent.mkdir()
     newer.write_text("newer")
-    assert newest_reports(folder) == [newer]
+    output = CliRunner().invoke(app, ["leaderboard", "tiny", "--artifacts", str(artifacts)]).output
+    assert output.split("Reports of tiny:")[1].split("\n\n")[0].split() == [str(newer)]
 
 
 def test_the_schema_refuses_what_the_loader_refuses(tmp_path):
