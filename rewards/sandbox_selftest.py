@@ -49,7 +49,8 @@ def attacks(limits: Limits) -> Iterator[list[Case]]:
         listener.listen()
         port = listener.getsockname()[1]
         bodies = {
-            "reads a file": f"assert open({str(secret)!r}).read() == 'secret'",
+            # They run side by side: the secret may have been written to by then.
+            "reads a file": f"assert open({str(secret)!r}).read().startswith('secret')",
             "writes a file": f"open({str(secret)!r}, 'a').write('x')",
             "makes a file": f"open({str(Path(folder) / 'new')!r}, 'w').close()",
             "lists a folder": f"import os\nassert os.listdir({folder!r})",
