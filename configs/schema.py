@@ -185,8 +185,6 @@ class PretrainedModel(Strict):
     """A hub id or a local folder in mlx-lm's or Hugging Face's layout, quantised or not."""
     revision: str | None = None
     """A commit or branch of the hub repository."""
-    trust_remote_code: bool = False
-    """Run code that the model's repository brings along. Off unless you have read it."""
 
 
 class ScratchModel(Strict):

@@ -136,7 +136,7 @@ class CheckpointStore:
         if newest is None:
             raise ValueError(f"{self.root}: no checkpoint that verifies; {'; '.join(skipped) or 'none there'}")
         best = newest.state["best"]
-        if best is None or self.config.best_metric is None:
+        if best is None or self.config.best_metric is None or int(best["step"]) == newest.step:
             return newest
         path = self.path(int(best["step"]))
         wrong = fault(path)
@@ -216,9 +216,10 @@ def load(path: Path) -> Saved:
 def fault(path: Path) -> str | None:
     """What is wrong with a checkpoint, if anything."""
     wrong = folder_fault(path)
-    if wrong is None and path.name != f"step_{_read(path).step:06d}":
-        wrong = f"{path}: holds the checkpoint of step {_read(path).step}"
-    return wrong
+    if wrong is not None:
+        return wrong
+    step = _read(path).step
+    return None if path.name == f"step_{step:06d}" else f"{path}: holds the checkpoint of step {step}"
 
 
 def _read(path: Path) -> Saved:

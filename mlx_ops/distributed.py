@@ -65,10 +65,6 @@ class Ranks:
         """The sum over all ranks of a tree of arrays, equal on all of them."""
         return tree
 
-    def once(self, make: Callable[[], Item]) -> Item:
-        """What `make` gives on the writer (JSON), for every rank."""
-        return self.gather([make()] if self.rank == 0 else [])[0]
-
 
 ALONE = Ranks()
 
