@@ -1,6 +1,7 @@
 """What tests of several packages share: a tiny experiment on disk."""
 
 import os
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -70,3 +71,7 @@ def write_experiment(tmp_path: Path) -> WriteExperiment:
         return path
 
     return write
+
+
+# A shell's background jobs ignore it, and so would every process that the tests start, and some interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
