@@ -29,6 +29,14 @@ def exp(x: mx.array, top: mx.array) -> mx.array:
     return _vectorised(x, top) if _pays(x) else mx.exp(x - top)
 
 
+def silu(x: mx.array) -> mx.array:
+    """x times its sigmoid, in float32."""
+    if not _pays(x):
+        return x * mx.sigmoid(x)
+    small = exp(-mx.abs(x), mx.array(0.0))
+    return x * mx.where(x < 0, small, 1.0) / (1.0 + small)
+
+
 def softmax(x: mx.array) -> mx.array:
     """softmax over the last axis, in float32."""
     if not _pays(x):

@@ -12,6 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_ops.sampling import Sampler
+
 HEADS_AT_ONCE = 8
 """Query heads of a block at most: their sums live in registers."""
 WARPS = 2
@@ -106,9 +108,6 @@ for (int place = threadIdx.x; place < Q * D; place += WARPS * 32) {
 INPUTS = ["queries", "keys", "values", "prompt_keys", "prompt_values", "own_keys", "own_values"]
 WHERE = ["prompt", "first", "last", "written", "scale"]
 
-Draw = Callable[[mx.array, mx.array, list[Any]], tuple[mx.array, mx.array]]
-"""(last tokens (B,), uniforms (B, 2), caches) -> (tokens (B,), logprobs (B,))."""
-
 
 @cache
 def _kernel() -> Any:
@@ -169,7 +168,7 @@ class FusedCache:
         )[0]
 
 
-def compiled_step(draw: Draw) -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
+def compiled_step(model: Any, sampler: Sampler) -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
     """(tokens, uniforms, places, layers of four buffers) -> (tokens, logprobs, columns written), traced once a shape.
 
     The model's weights are constants of the trace: make a new one after an update.
@@ -179,7 +178,8 @@ def compiled_step(draw: Draw) -> Callable[..., tuple[mx.array, mx.array, mx.arra
         tokens: mx.array, u: mx.array, where: list[mx.array], layers: list[list[mx.array]]
     ) -> tuple[mx.array, mx.array, mx.array]:
         places = Places(*where)
-        tokens, logprobs = draw(tokens, u, [FusedCache(places, buffers) for buffers in layers])
+        caches = [FusedCache(places, buffers) for buffers in layers]
+        tokens, logprobs = sampler(model(tokens[:, None], cache=caches)[:, -1], u)
         return tokens, logprobs, places.written + 1
 
     return mx.compile(step)

@@ -15,8 +15,8 @@ from mlx.utils import tree_flatten
 from configs.schema import SamplingConfig
 from mlx_ops.backend import one_blas_thread, prepare
 from mlx_ops.batching import Completion
-from mlx_ops.compiled_rows import compiled
-from mlx_ops.holding import Held, Kind, choose, hold
+from mlx_ops.held import Held
+from mlx_ops.holding import Kind, choose, hold
 from mlx_ops.row_cache import refusal, takes_row_masks, token_bytes
 from mlx_ops.sampling import Sampler, make_sampler, uniforms
 
@@ -135,9 +135,9 @@ def _plan(
     tokens = MEMORY_SHARE * prepare().memory_bytes / token_bytes(model)
     longest = max(len(prompt) for prompt in prompts)
     whole, shared = int(tokens / (longest + max_tokens)), int(tokens / (longest / group_size + max_tokens))
-    if cache is None and kind == "rows" and whole < rows and shared > whole:
+    if cache is None and kind in ("rows", "lean") and whole < rows and shared > whole:
         kind = "paged"
-    return kind, max(1, whole if kind == "rows" else shared)
+    return kind, max(1, whole if kind in ("rows", "lean") else shared)
 
 
 @dataclass
@@ -157,23 +157,22 @@ class _Engine:
         """Draw all rows, at most `width` at once."""
         active: list[_Row] = []
         held: Held | None = None
-        tokens = mx.zeros((0,), mx.int32)
+        tokens = mx.zeros((0,), mx.uint32)  # as argmax gives them: another type is another trace
         while active or waiting:
             if waiting and len(active) <= (1 - ADMISSION) * width:
                 new = [waiting.popleft() for _ in range(min(width - len(active), len(waiting)))]
                 held = self._admit(held if active else None, new)
-                tokens = mx.concatenate([tokens, mx.array([self.prompts[row.prompt][-1] for row in new])])
+                tokens = mx.concatenate([tokens, mx.array([self.prompts[row.prompt][-1] for row in new], mx.uint32)])
                 active += new
             assert held is not None
             tokens = self._decode(held, tokens, active)
             alive = [slot for slot, row in enumerate(active) if not row.done]
             room = bool(waiting) and len(alive) <= (1 - ADMISSION) * width
-            if len(alive) < len(active) and (room or len(alive) <= (1 - held.slack) * len(active)):
-                active, tokens = [active[slot] for slot in alive], tokens[mx.array(alive, dtype=mx.int32)]
+            kept = alive if room or not alive else held.fit(alive)
+            if len(kept) < len(active):
+                active, tokens = [active[slot] for slot in kept], tokens[mx.array(kept, dtype=mx.int32)]
                 if active:
-                    held.keep(alive, self._left(active))
-            if active and not waiting:
-                held = compiled(held, len(active))
+                    held.keep(kept, self._left(active))
 
     def _admit(self, held: Held | None, rows: Sequence[_Row]) -> Held:
         """Rows with the caches of their prompts, beside those that are held."""
@@ -188,16 +187,13 @@ class _Engine:
     def _left(self, rows: Sequence[_Row]) -> int:
         return self.max_tokens - min(len(row.tokens) for row in rows if not row.done)
 
-    def _draw(self, tokens: mx.array, u: mx.array, caches: list[Any]) -> tuple[mx.array, mx.array]:
-        return self.sampler(self.model(tokens[:, None], cache=caches)[:, -1], u)
-
     def _decode(self, held: Held, tokens: mx.array, rows: list[_Row]) -> mx.array:
         """Extend every row by some steps; the last tokens."""
         count = min(CHECK_EVERY, self._left(rows))
         draws = mx.array(uniforms([row.seed for row in rows], [len(row.tokens) for row in rows], count))
         block, logprobs = [], []
         for t in range(count):
-            tokens, logprob = held.step(self._draw, tokens, draws[t])
+            tokens, logprob = held.step(self.sampler, tokens, draws[t])
             mx.async_eval(tokens, logprob)
             block.append(tokens)
             logprobs.append(logprob)

@@ -1,44 +1,24 @@
 """How the rollout engine holds keys and values: which caches serve a model, made by one prefill a prompt."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ops.backend import prepare
-from mlx_ops.fused_decode import Draw, compiled_step, serves
+from mlx_ops.fused_decode import compiled_step, serves
+from mlx_ops.held import PREFILL_COLUMNS, Held, prefill
+from mlx_ops.lean_rows import LeanRows
+from mlx_ops.lean_rows import refusal as lean_refusal
 from mlx_ops.paged_cache import paged_cache
 from mlx_ops.row_cache import GROWTH, RowCache, head_shapes, placed, refusal, takes_row_masks
+from mlx_ops.sampling import Sampler
 from mlx_ops.shared_prompt import GroupLayout, SharedPromptCache, route_attention
 
-Kind = Literal["shared", "rows", "paged", "paged8", "library", "fused"]
-PREFILL_COLUMNS = 512
-"""Columns of a prompt that run at once."""
+Kind = Literal["lean", "shared", "rows", "paged", "paged8", "library", "fused"]
 PROMPT_BUCKET = 64
 """Fused buffers of prompts are padded to multiples of this, so that a compiled step meets few shapes."""
-
-
-class Held(ABC):
-    """The caches of rows in the making, one a layer."""
-
-    slack: ClassVar[float] = 0.0
-    """Share of rows that may have ended before `keep` is worth its cost."""
-    caches: list[Any]
-
-    def step(self, draw: Draw, tokens: mx.array, u: mx.array) -> tuple[mx.array, mx.array]:
-        """Append these tokens; the next ones and their log-probabilities."""
-        return draw(tokens, u, self.caches)
-
-    @abstractmethod
-    def keep(self, alive: Sequence[int], left: int) -> None:
-        """Only these rows (slots, in order), with room for `left` more tokens."""
-
-    @abstractmethod
-    def join(self, prompts: Sequence[Sequence[int]], index: Sequence[int], left: int) -> None:
-        """More rows behind these, continuing new prompts."""
 
 
 def choose(model: Any) -> Kind:
@@ -47,6 +27,8 @@ def choose(model: Any) -> Kind:
         return "library"
     if fused_refusal(model) is None:
         return "fused"
+    if lean_refusal(model) is None:
+        return "lean"
     # A GPU's fused attention beats the split one's many small kernels.
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     return "shared" if on_cpu and route_attention(model) and takes_row_masks(model) else "rows"
@@ -71,28 +53,14 @@ def hold(kind: Kind, model: Any, prompts: Sequence[Sequence[int]], index: Sequen
         raise ValueError(f"cache {kind!r}: {reason}; use 'library'")
     if kind in ("paged", "paged8"):
         return PagedRows(model, prompts, index, bits=8 if kind == "paged8" else None)
-    if kind == "fused":
-        reason = fused_refusal(model)
+    if kind in ("fused", "lean"):
+        reason = fused_refusal(model) if kind == "fused" else lean_refusal(model)
         if reason is not None:
-            raise ValueError(f"cache 'fused': {reason}; use 'rows'")
-        return FusedRows(model, prompts, index, left)
+            raise ValueError(f"cache {kind!r}: {reason}; use 'rows'")
+        return (FusedRows if kind == "fused" else LeanRows)(model, prompts, index, left)
     if kind == "shared" and not route_attention(model):
         raise ValueError(f"cache 'shared': {type(model).__module__} computes its own attention; use 'rows' or 'paged'")
     return (SharedPrompts if kind == "shared" else ExpandedRows)(model, prompts, index, left)
-
-
-def prefill(model: Any, prompts: Sequence[Sequence[int]]) -> list[RowCache]:
-    """Caches (P rows, padded on the left) of all but the prompts' last tokens."""
-    lengths = [len(prompt) - 1 for prompt in prompts]
-    columns = max(lengths)
-    tokens = np.zeros((len(prompts), columns), dtype=np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, columns - lengths[row] :] = prompt[:-1]
-    caches = [RowCache([columns - length for length in lengths], columns) for _ in model.layers]
-    for start in range(0, columns, PREFILL_COLUMNS):
-        model(mx.array(tokens[:, start : start + PREFILL_COLUMNS]), cache=caches)
-        mx.eval([cache.state for cache in caches])
-    return caches
 
 
 class SharedPrompts(Held):
@@ -157,8 +125,6 @@ class ExpandedRows(Held):
 class FusedRows(Held):
     """Each prompt once, and for each row buffers of all that it may draw, for CUDA's kernel and compiled step."""
 
-    slack = 0.5
-
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], index: Sequence[int], left: int) -> None:
         self._model, self._index = model, list(index)
         held = prefill(model, prompts)
@@ -174,10 +140,15 @@ class FusedRows(Held):
             self._layers.append([*(shared or none), *own])
         self._lay_out()
 
-    def step(self, draw: Draw, tokens: mx.array, u: mx.array) -> tuple[mx.array, mx.array]:
-        self._step = self._step or compiled_step(draw)
+    def step(self, sampler: Sampler, tokens: mx.array, u: mx.array) -> tuple[mx.array, mx.array]:
+        self._step = self._step or compiled_step(self._model, sampler)
         tokens, logprobs, self._written = self._step(tokens, u, [*self._where, self._written], self._layers)
         return tokens, logprobs
+
+    def fit(self, alive: Sequence[int]) -> list[int]:
+        """All of them, until half have ended: another number of rows is another trace."""
+        held = len(self._index)
+        return list(alive if len(alive) <= held // 2 else range(held))
 
     def keep(self, alive: Sequence[int], left: int) -> None:
         del left

@@ -5,6 +5,7 @@ Left out: repetition penalties, and any strategy that looks at earlier tokens.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -39,13 +40,19 @@ def uniforms(seeds: Sequence[int], starts: Sequence[int], count: int) -> NDArray
 def make_sampler(config: SamplingConfig) -> Sampler:
     """Temperature, then top-k, top-p and min-p on the tempered distribution; log-probabilities are of what remains.
 
-    Temperature 0 is greedy; its log-probabilities are the model's own, at temperature 1.
+    Temperature 0 is greedy; its log-probabilities are the model's own, at temperature 1. Equal strategies are one
+    closure, which compiled steps are kept by.
     """
-    if config.temperature == 0:
+    return _sampler(config.temperature, config.top_k, config.top_p, config.min_p)
+
+
+@cache
+def _sampler(temperature: float, top_k: int, top_p: float, min_p: float) -> Sampler:
+    if temperature == 0:
         return _greedy
-    if not config.truncates:
-        return lambda logits, u: draw(_tempered(logits, config.temperature), u)
-    return lambda logits, u: draw(_truncated(_tempered(logits, config.temperature), config), u)
+    if (top_k, top_p, min_p) == (0, 1, 0):
+        return lambda logits, u: draw(_tempered(logits, temperature), u)
+    return lambda logits, u: draw(_truncated(_tempered(logits, temperature), top_k, top_p, min_p), u)
 
 
 def draw(logits: mx.array, u: mx.array) -> tuple[mx.array, mx.array]:
@@ -95,16 +102,16 @@ def _tempered(logits: mx.array, temperature: float) -> mx.array:
     return logits if temperature == 1.0 else logits * (1 / temperature)
 
 
-def _truncated(logits: mx.array, config: SamplingConfig) -> mx.array:
+def _truncated(logits: mx.array, top_k: int, top_p: float, min_p: float) -> mx.array:
     """`logits` with -inf where top-k, then top-p, then min-p leave a token out."""
     vocabulary = logits.shape[-1]
-    if 0 < config.top_k < vocabulary:
-        floor = mx.topk(logits, config.top_k, axis=-1).min(axis=-1, keepdims=True)
+    if 0 < top_k < vocabulary:
+        floor = mx.topk(logits, top_k, axis=-1).min(axis=-1, keepdims=True)
         logits = mx.where(logits < floor, -mx.inf, logits)
-    if config.top_p < 1:
-        logits = mx.where(logits < _nucleus_floor(logits, config.top_p), -mx.inf, logits)
-    if config.min_p > 0:
-        floor = logits.max(axis=-1, keepdims=True) + float(np.log(config.min_p))
+    if top_p < 1:
+        logits = mx.where(logits < _nucleus_floor(logits, top_p), -mx.inf, logits)
+    if min_p > 0:
+        floor = logits.max(axis=-1, keepdims=True) + float(np.log(min_p))
         logits = mx.where(logits < floor, -mx.inf, logits)
     return logits
 

@@ -9,6 +9,7 @@ from mlx_lm.models import gemma3_text, llama
 
 from configs.schema import SamplingConfig
 from mlx_ops import generation
+from mlx_ops.backend import prepare
 from mlx_ops.batching import token_rows
 from mlx_ops.forward import score
 from mlx_ops.generation import StopStrings, generate
@@ -16,7 +17,12 @@ from mlx_ops.holding import Kind, choose, hold
 from tests.mlx_ops.tiny import tiny_model
 
 GREEDY = SamplingConfig(temperature=0.0, max_tokens=12)
-KINDS: tuple[Kind, ...] = ("shared", "rows", "paged", "library", *(("fused",) if mx.cuda.is_available() else ()))
+COMPILES = prepare().kind == "cpu" and prepare().compiles
+KINDS: tuple[Kind, ...] = (
+    *("shared", "rows", "paged", "library"),
+    *(("fused",) if mx.cuda.is_available() else ()),
+    *(("lean",) if COMPILES else ()),
+)
 NO_EOS: frozenset[int] = frozenset()
 
 
@@ -126,6 +132,7 @@ def test_a_row_ends_with_the_token_that_completes_a_stop_string():
 def test_long_prompts_are_prefilled_in_chunks_and_give_the_same(monkeypatch):
     model, prompts = tiny_model(), make_prompts(5, 60, seed=3)
     whole = generate(model, prompts, sampling=GREEDY, seeds=[0] * 5, eos=NO_EOS)
+    monkeypatch.setattr("mlx_ops.held.PREFILL_COLUMNS", 7)
     monkeypatch.setattr("mlx_ops.holding.PREFILL_COLUMNS", 7)
     assert [c.tokens for c in generate(model, prompts, sampling=GREEDY, seeds=[0] * 5, eos=NO_EOS)] == [
         c.tokens for c in whole
@@ -151,8 +158,12 @@ def test_a_model_with_a_sliding_window_falls_back_to_mlx_lms_caches():
     assert [list(c.tokens) for c in drawn] == [one_by_one(model, prompt, frozenset({7}), 12) for prompt in prompts]
 
 
-def test_the_default_kind_on_a_cpu_is_the_shared_prompt():
-    assert mx.default_device() != mx.Device(mx.cpu) or choose(tiny_model()) == "shared"
+@pytest.mark.skipif(not COMPILES, reason="for a CPU with a compiler")
+def test_the_default_kind_on_a_cpu_is_the_lean_step_and_the_shared_prompt_for_what_it_refuses():
+    model = tiny_model()
+    assert choose(model) == "lean"
+    model.set_dtype(mx.bfloat16)
+    assert choose(model) == "shared"
 
 
 def test_progress_counts_up_to_all_rows_and_tokens():

@@ -1,0 +1,203 @@
+"""Rows of a rollout on a CPU, behind one compiled step that is traced once a shape in the life of the process.
+
+A step meets few shapes: numbers of rows and columns are rounded up, ended rows filling the rest. A prompt is held once
+for its rows where reading it again for each would cost more than the operations that this saves; else it stands before
+each row's own columns.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_ops import lean_weights
+from mlx_ops.backend import prepare
+from mlx_ops.batching import Tree
+from mlx_ops.held import Held, prefill
+from mlx_ops.lean_blocks import Rows, logits
+from mlx_ops.lean_weights import Blocks, read
+from mlx_ops.sampling import Sampler
+
+COLUMNS = 64
+"""Buffers are multiples of so many columns: each growth is another trace, each column too many costs its softmax."""
+SHARING = 4 << 20
+"""Bytes of prompts a step, read again for each row, that cost what attending to prompts apart costs: 0.3 ms."""
+SLACK = 1.25
+"""So many times the live rows are held rather than to hold prompts again for fewer rows each."""
+CLOSE = 1e-3
+"""Of the largest logit: how far the step may be from the model. Roundings give 1e-6, another activation 1e-1."""
+
+
+class LeanRows(Held):
+    """Each row's keys and values in a buffer of its own, each prompt's beside them or in them."""
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], index: Sequence[int], left: int) -> None:
+        self._model = model
+        self._blocks, self._weights = read(model)
+        mx.eval(self._weights)
+        held = prefill(model, prompts)
+        columns, counts = held[0].index, [len(list(rows)) for _, rows in groupby(index)]
+        self._used, room = 0, _bucket(min(left, COLUMNS))
+        shape = (2 * self._blocks.kv_heads, len(index), room, self._blocks.size)
+        wide = [(0, 0), (0, 0), (0, _bucket(columns) - columns), (0, 0)]
+        kept = [[mx.pad(array.swapaxes(0, 1), wide) for array in cache.state] for cache in held]
+        self._layers = [[mx.zeros(shape), *prompt] for prompt in kept]
+        padding = mx.array(held[0].padding)[:, None]
+        place = mx.arange(_bucket(columns))[None]
+        self._prompts: mx.array | None = (place >= padding) & (place < columns) if columns else None
+        self._shown = mx.ones((len(index), room), mx.bool_)
+        self._positions = columns - mx.array(held[0].padding)[mx.array(list(index))]
+        self._group = counts[0]
+        if columns and not self._shares(len(index), self._group if len(set(counts)) == 1 else 1):
+            self._merge(mx.array(list(index)))
+
+    def step(self, sampler: Sampler, tokens: mx.array, u: mx.array) -> tuple[mx.array, mx.array]:
+        if self._used == self._shown.shape[1]:
+            self._grow()
+        take = _compiled(self._blocks, sampler)
+        where = [self._positions, mx.array([self._used]), self._shown]
+        where += [] if self._prompts is None else [self._prompts]
+        tokens, logprobs, self._positions, self._layers = take(self._weights, tokens, u, where, self._layers)
+        self._used += 1
+        return tokens, logprobs
+
+    def fit(self, alive: Sequence[int]) -> list[int]:
+        """The live rows and as many ended ones as make it a shape that is met again."""
+        held = self._shown.shape[0]
+        kept = self._in_groups(alive) if self._prompts is not None else None
+        if kept is None:
+            ended = sorted(set(range(held)) - set(alive))
+            kept = sorted([*alive, *ended[: _rounded(len(alive)) - len(alive)]])
+        return kept if len(kept) < held else list(range(held))
+
+    def keep(self, alive: Sequence[int], left: int) -> None:
+        del left
+        rows, group = mx.array(list(alive)), self._group
+        if self._prompts is not None:
+            counts = [len(list(rows)) for _, rows in groupby(alive, key=lambda slot: slot // group)]
+            width = next((w for w in _halves(group) if all(count % w == 0 for count in counts)), 1)
+            if self._shares(len(alive), width):
+                self._group, prompts = width, mx.array([slot // group for slot in alive[::width]])
+                self._prompts = self._prompts[prompts]
+                self._layers = [[own, *(part[:, prompts] for part in rest)] for own, *rest in self._layers]
+            else:
+                self._merge(mx.arange(self._shown.shape[0]) // group)
+        self._positions, self._shown = self._positions[rows], self._shown[rows]
+        self._layers = [[own[:, rows], *rest] for own, *rest in self._layers]
+
+    def join(self, prompts: Sequence[Sequence[int]], index: Sequence[int], left: int) -> None:
+        more = LeanRows(self._model, prompts, index, left)
+        for held in (self, more):
+            if held._prompts is not None:
+                held._merge(mx.arange(held._shown.shape[0]) // held._group)
+        used = max(self._used, more._used)
+        for held in (self, more):
+            held._shift(used - held._used, _bucket(used + 1))
+        self._positions = mx.concatenate([self._positions, more._positions])
+        self._shown = mx.concatenate([self._shown, more._shown])
+        pairs = zip(self._layers, more._layers, strict=True)
+        self._layers = [[mx.concatenate([one[0], other[0]], axis=1)] for one, other in pairs]
+
+    def _shares(self, rows: int, group: int) -> bool:
+        """Whether so many rows hold each prompt once for `group` of them."""
+        assert self._prompts is not None
+        column = 8 * self._blocks.kv_heads * self._blocks.size * len(self._layers)
+        return (rows - rows // group) * self._prompts.shape[1] * column >= SHARING
+
+    def _in_groups(self, alive: Sequence[int]) -> list[int] | None:
+        """Live and ended rows, even in number for each prompt; None where prompts don't stay apart."""
+        for width in _halves(self._group):
+            kept: list[int] = []
+            for group, rows in groupby(alive, key=lambda slot: slot // self._group):
+                live = list(rows)
+                first = group * self._group
+                ended = sorted(set(range(first, first + self._group)) - set(live))
+                kept += sorted([*live, *ended[: -len(live) % width]])
+            if len(kept) <= SLACK * len(alive):
+                return kept if self._shares(len(kept), width) else None
+        return None
+
+    def _merge(self, index: mx.array) -> None:
+        """Put prompts `index[b]` before the own columns of each row b."""
+        assert self._prompts is not None
+        self._layers = [
+            [mx.concatenate([mx.concatenate(prompt)[:, index], own], axis=2)] for own, *prompt in self._layers
+        ]
+        self._shown = mx.concatenate([self._prompts[index], self._shown], axis=1)
+        self._used += self._prompts.shape[1]
+        self._prompts, self._group = None, 1
+
+    def _shift(self, by: int, columns: int) -> None:
+        """The rows `by` columns further right, in buffers of so many."""
+        kept, used = columns - by, self._used
+        self._shown = mx.pad(self._shown[:, :used], [(0, 0), (by, 0)])
+        self._shown = mx.pad(self._shown, [(0, 0), (0, kept - used)], constant_values=True)
+        wide = [(0, 0), (0, 0), (by, kept - used), (0, 0)]
+        self._layers = [[mx.pad(own[:, :, :used], wide)] for (own,) in self._layers]
+        self._used += by
+
+    def _grow(self) -> None:
+        self._shown = mx.pad(self._shown, [(0, 0), (0, COLUMNS)], constant_values=True)
+        wide = [(0, 0), (0, 0), (0, COLUMNS), (0, 0)]
+        self._layers = [[mx.pad(own, wide), *rest] for own, *rest in self._layers]
+
+
+def refusal(model: Any) -> str | None:
+    """Why these rows can't serve a model, or None where they can; each kind of model is compared once a process."""
+    if prepare().kind != "cpu" or not prepare().compiles:
+        return "the step is for a CPU with a compiler"
+    reason = lean_weights.refusal(model)
+    if reason is not None:
+        return reason
+    blocks, weights = read(model)
+    kind = (type(model), blocks)
+    if kind not in _DIFFERENCES:
+        _DIFFERENCES[kind] = _difference(model, blocks, weights)
+    far = _DIFFERENCES[kind]
+    return None if far < CLOSE else f"{type(model).__module__} computes something else: {far:.1e} of its largest logit"
+
+
+_DIFFERENCES: dict[tuple[type, Blocks], float] = {}
+
+
+def _difference(model: Any, blocks: Blocks, weights: Tree) -> float:
+    """The largest difference of a logit from the model's own over a few tokens, as a share of the largest logit."""
+    tokens, found = mx.array([1, 2, 3]), []
+    layers = [[mx.zeros((2 * blocks.kv_heads, 1, 3, blocks.size))] for _ in weights["layers"]]
+    for place in range(3):
+        rows = Rows(mx.array([place]), mx.array([place]), mx.arange(3)[None] <= place, None)
+        out, layers = logits(blocks, weights, tokens[place : place + 1], rows, layers)
+        found.append(out)
+    expected = model(tokens[None])[0]
+    return float(mx.abs(mx.concatenate(found) - expected).max() / mx.abs(expected).max())
+
+
+@cache
+def _compiled(blocks: Blocks, sampler: Sampler) -> Callable[..., Any]:
+    def step(weights: Tree, tokens: mx.array, u: mx.array, where: list[mx.array], layers: list[list[mx.array]]) -> Any:
+        positions, column, shown, *prompts = where
+        shown = shown & (mx.arange(shown.shape[1]) <= column)
+        rows = Rows(positions, column, shown, prompts[0] if prompts else None)
+        out, layers = logits(blocks, weights, tokens, rows, layers)
+        return *sampler(out, u), positions + 1, layers
+
+    return mx.compile(step)
+
+
+def _bucket(columns: int) -> int:
+    return -(-columns // COLUMNS) * COLUMNS
+
+
+def _halves(group: int) -> Iterator[int]:
+    """The group, its half, …, while they are whole and more than one row."""
+    while group > 1:
+        yield group
+        group = group // 2 if group % 2 == 0 else 1
+
+
+def _rounded(rows: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, …"""
+    power = 1 << (rows.bit_length() - 1)
+    return next(size for size in (power, power * 3 // 2, power * 2) if size >= rows)

@@ -1,0 +1,178 @@
+"""The weights of a usual decoder as one tree, adapters added in: what `lean_blocks` computes with.
+
+`read` takes a model of mlx-lm apart by the names and types of its parts. Those don't say all that it computes, so
+`lean_rows.refusal` compares a few tokens. Left out: quantised weights, mixtures of experts, windows, rotations with
+frequencies of their own.
+"""
+
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.dora import DoRALinear
+from mlx_lm.tuner.lora import LoRALinear
+
+from mlx_ops.backend import prepare
+from mlx_ops.batching import Tree
+from mlx_ops.checkpoint import tree_bytes
+
+MEMORY_SHARE = 0.25
+"""A model that fills more of the memory isn't copied: queries, keys and values, and what carries an adapter, are."""
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+HEAD_NORMS = ("q_norm", "k_norm")
+ADAPTERS = (LoRALinear, DoRALinear)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The numbers that all layers of a model share."""
+
+    heads: int
+    kv_heads: int
+    size: int
+    scale: float
+    eps: float
+    normed: bool
+    """Queries and keys are normed before they are rotated."""
+    dims: int
+    base: float
+    stretch: float
+    traditional: bool
+
+    @property
+    def all_heads(self) -> int:
+        """Of queries, keys and values."""
+        return self.heads + 2 * self.kv_heads
+
+
+def refusal(model: Any) -> str | None:
+    """What about the model's parts is unknown, or None where `read` may take it apart."""
+    return next(_complaints(model), None)
+
+
+def read(model: Any) -> tuple[Blocks, Tree]:
+    """The numbers and weights, not yet evaluated, of a model that isn't refused."""
+    trunk = model["model"]
+    blocks, embedding = _numbers(trunk["layers"][0]), trunk["embed_tokens"]["weight"]
+    head = _linear(model["lm_head"]) if "lm_head" in model else {"weight": embedding.T}
+    layers = [_layer(layer, blocks) for layer in trunk["layers"]]
+    return blocks, {"embedding": embedding, "norm": trunk["norm"]["weight"], "head": head, "layers": layers}
+
+
+def _complaints(model: Any) -> Iterator[str]:
+    """Each complaint stands before the line that needs what it is about: who takes the first never gets there."""
+    yield from _odd_parts(model, {"model"}, {"lm_head"})
+    trunk = model["model"]
+    yield from _odd_parts(trunk, {"embed_tokens", "layers", "norm"})
+    yield from _odd_kind(trunk["embed_tokens"], nn.Embedding)
+    if (dtype := trunk["embed_tokens"]["weight"].dtype) != mx.float32:
+        yield f"its weights are {dtype}"
+    if "lm_head" in model:
+        yield from _odd_linear(model["lm_head"])
+    for layer in trunk["layers"]:
+        yield from _odd_layer(layer)
+    norms = [_norms(layer) for layer in trunk["layers"]]
+    for norm in (trunk["norm"], *chain.from_iterable(norms)):
+        yield from _odd_kind(norm, nn.RMSNorm)
+    if len({norm.eps for norm in (trunk["norm"], *chain.from_iterable(norms))}) > 1:
+        yield "its norms differ"
+    if len({_numbers(layer) for layer in trunk["layers"]}) > 1:
+        yield "its layers differ"
+    if tree_bytes(model.parameters()) > MEMORY_SHARE * prepare().memory_bytes:
+        yield "its weights fill too much of the memory to be copied"
+
+
+def _odd_layer(layer: Any) -> Iterator[str]:
+    yield from _odd_parts(layer, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
+    attention, mlp = layer["self_attn"], layer["mlp"]
+    yield from _odd_parts(attention, set(PROJECTIONS), set(HEAD_NORMS))
+    yield from _odd_parts(mlp, {"gate_proj", "up_proj", "down_proj"})
+    for module in (*(attention[name] for name in PROJECTIONS), *mlp.children().values()):
+        yield from _odd_linear(module)
+    if len({"bias" in _linear(attention[name]) for name in PROJECTIONS[:3]}) > 1:
+        yield "some of its queries, keys and values have a bias"
+    if missing := {"rope", "n_heads", "n_kv_heads", "scale"} - set(attention) - set(vars(attention)):
+        yield f"its attention has no {', '.join(sorted(missing))}"
+    yield from _odd_kind(attention["rope"], nn.RoPE)
+    if len(_norms(layer)) == 3:
+        yield "it norms queries or keys alone"
+
+
+def _odd_linear(module: Any) -> Iterator[str]:
+    if type(module) in ADAPTERS:
+        if module.training and module["dropout"]._p_1 < 1:
+            yield "its adapters drop out; set it to eval"
+        module = module["linear"]
+    yield from _odd_kind(module, nn.Linear)
+
+
+def _odd_parts(module: Any, needed: set[str], more: Set[str] = frozenset()) -> Iterator[str]:
+    """A complaint where a module lacks one of these parts, or has one that is in neither set."""
+    found = {name for name, value in module.items() if any(isinstance(leaf, mx.array) for leaf in _leaves(value))}
+    if odd := (needed - found) | (found - needed - more):
+        yield f"{type(module).__name__} has or lacks {', '.join(sorted(odd))}"
+
+
+def _odd_kind(module: Any, kind: type) -> Iterator[str]:
+    if type(module) is not kind:
+        yield f"it has a {type(module).__name__} for a {kind.__name__}"
+
+
+def _leaves(value: Any) -> list[Any]:
+    """What a part holds: arrays, or settings."""
+    return [leaf for _, leaf in tree_flatten(value.parameters() if isinstance(value, nn.Module) else value)]
+
+
+def _norms(layer: Any) -> list[Any]:
+    """Of the layer's input, of its MLP's, and of queries and keys."""
+    attention = layer["self_attn"]
+    own = [attention[name] for name in HEAD_NORMS if name in attention]
+    return [layer["input_layernorm"], layer["post_attention_layernorm"], *own]
+
+
+def _numbers(layer: Any) -> Blocks:
+    attention, norms = layer["self_attn"], _norms(layer)
+    rope = attention["rope"]
+    return Blocks(
+        heads=attention.n_heads,
+        kv_heads=attention.n_kv_heads,
+        size=_linear(attention["k_proj"])["weight"].shape[1] // attention.n_kv_heads,
+        scale=attention.scale,
+        eps=norms[0].eps,
+        normed=len(norms) == 4,
+        dims=rope.dims,
+        base=rope.base,
+        stretch=rope.scale,
+        traditional=rope.traditional,
+    )
+
+
+def _layer(layer: Any, blocks: Blocks) -> Tree:
+    """A layer's weights; matrices stand as they are multiplied with."""
+    attention, mlp = layer["self_attn"], layer["mlp"]
+    parts = [_linear(attention[name]) for name in PROJECTIONS[:3]]
+    weights = {
+        "input_norm": layer["input_layernorm"]["weight"],
+        "mlp_norm": layer["post_attention_layernorm"]["weight"],
+        "qkv": {name: mx.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]},
+        "out": _linear(attention["o_proj"]),
+        "gate": _linear(mlp["gate_proj"]),
+        "up": _linear(mlp["up_proj"]),
+        "down": _linear(mlp["down_proj"]),
+    }
+    if blocks.normed:
+        counts = (blocks.heads, blocks.kv_heads)
+        norms = [mx.repeat(attention[n]["weight"][None], c, axis=0) for n, c in zip(HEAD_NORMS, counts, strict=True)]
+        weights["head_norms"] = mx.concatenate([*norms, mx.ones((blocks.kv_heads, blocks.size))])
+    return weights
+
+
+def _linear(module: Any) -> dict[str, mx.array]:
+    """A linear layer's matrix (in, out) and its bias, with its adapter in the matrix."""
+    plain = module.fuse() if type(module) in ADAPTERS else module
+    bias = {"bias": plain["bias"]} if "bias" in plain else {}
+    return {"weight": plain["weight"].T, **bias}
