@@ -20,7 +20,7 @@ from configs.registry import Registry
 from configs.schema import PluginPolicyConfig, PolicyConfig
 from mlx_ops.batching import TokenRows, Tree
 from mlx_ops.distributed import ALONE, Ranks
-from mlx_ops.forward import score
+from mlx_ops.forward import score, unshared_because
 from mlx_ops.policy import PolicyBatch, Reference, Row, StepTotals, evaluate_rows, microbatches
 from mlx_ops.policy_loss import ROW_GAP
 from mlx_ops.rollout import Group
@@ -58,6 +58,9 @@ class PolicyTrainer(BaseTrainer[PolicyBatch], Generic[Config]):
         """`draw` gives judged groups, `weights` are those of the rewards, `keep` receives each step's samples."""
         limits = Limits(config.optimizer.max_grad_norm, config.max_nonfinite_steps)
         super().__init__(model, optimizer, seed=seed, limits=limits, ranks=ranks)
+        self.compiled = self.compiled and config.compile_update
+        # Asked once a process, by running the model: in the first step that would use up random numbers of its dropout.
+        unshared_because(model)
         self.policy, self.config = model, config
         self.draw, self.weights, self.token_budget, self.keep = draw, weights, token_budget, keep
         self.options: Any = self.Options.model_validate(options_of(config))
@@ -128,6 +131,7 @@ class PolicyTrainer(BaseTrainer[PolicyBatch], Generic[Config]):
             aggregation=self.config.aggregation,
             max_tokens=self.config.sampling.max_tokens,
             token_budget=self.token_budget,
+            bucket=self.bucket,
         )
 
     def played(
@@ -149,7 +153,7 @@ class PolicyTrainer(BaseTrainer[PolicyBatch], Generic[Config]):
     def observe(self, batch: PolicyBatch, extra: Mapping[str, mx.array]) -> None:
         """Remember how far sampler and trainer are apart on each rollout."""
         if ROW_GAP in extra:
-            self.gaps |= zip(batch.places, np.array(extra[ROW_GAP]).tolist(), strict=True)
+            self.gaps |= zip(np.array(batch.places).tolist(), np.array(extra[ROW_GAP]).tolist(), strict=True)
 
 
 AlgorithmRegistry: Registry[PolicyTrainer[Any]] = Registry("algorithm")

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_ops.microbatches import bucketed
 from rewards.base import Example
 from rewards.composer import Score
 
@@ -63,22 +64,22 @@ def token_rows(
     completions: Sequence[Sequence[int]],
     prompt_index: Sequence[int] | None = None,
     *,
-    width: int | None = None,
+    bucket: int = 1,
 ) -> TokenRows:
-    """Pad prompts on the left and completions on the right; `prompt_index` is 0, 1, 2, … where absent.
+    """Pad prompts on the left and completions on the right, each to a multiple of `bucket` columns.
 
-    Only the prompts that a row uses are kept. `width` pads the completions to at least so many columns.
+    `prompt_index` is 0, 1, 2, … where absent. Only the prompts that a row uses are kept.
     """
     index = list(range(len(completions))) if prompt_index is None else list(prompt_index)
     used = sorted(set(index))
     position = {prompt: place for place, prompt in enumerate(used)}
     kept = [prompts[prompt] for prompt in used]
-    columns = max(width or 0, max(len(row) for row in completions))
+    before, after = (bucketed(max(len(row) for row in rows), bucket) for rows in (kept, completions))
     return TokenRows(
-        mx.array(_padded(kept, max(len(row) for row in kept), left=True)),
+        mx.array(_padded(kept, before, left=True)),
         tuple(len(row) for row in kept),
         tuple(position[prompt] for prompt in index),
-        mx.array(_padded(completions, columns, left=False)),
+        mx.array(_padded(completions, after, left=False)),
         tuple(len(row) for row in completions),
     )
 

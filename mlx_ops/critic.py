@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_ops.batching import TokenRows, token_rows
-from mlx_ops.forward import check_projection, completion_hidden, completion_logits, project
+from mlx_ops.batching import token_rows
+from mlx_ops.forward import Rows, check_projection, completion_hidden, completion_logits, project
 
 
 class ValueHead(nn.Module):
@@ -37,11 +37,11 @@ class ActorCritic(nn.Module):
     policy: nn.Module
     critic: nn.Module
 
-    def logits_and_values(self, rows: TokenRows, *, trains_policy: bool = True) -> tuple[mx.array, mx.array]:
+    def logits_and_values(self, rows: Rows, *, trains_policy: bool = True) -> tuple[mx.array, mx.array]:
         """(B, T, V) and (B, T); without `trains_policy` no gradient reaches the policy."""
         raise NotImplementedError
 
-    def estimate(self, rows: TokenRows) -> mx.array:
+    def estimate(self, rows: Rows) -> mx.array:
         """The values (B, T)."""
         raise NotImplementedError
 
@@ -54,13 +54,13 @@ class SharedTrunk(ActorCritic):
         check_projection(policy)
         self.policy, self.critic = policy, ValueHead(hidden_size(policy))
 
-    def logits_and_values(self, rows: TokenRows, *, trains_policy: bool = True) -> tuple[mx.array, mx.array]:
+    def logits_and_values(self, rows: Rows, *, trains_policy: bool = True) -> tuple[mx.array, mx.array]:
         hidden = completion_hidden(self.policy, rows)
         hidden = hidden if trains_policy else mx.stop_gradient(hidden)
         logits = project(self.policy, hidden)
         return logits if trains_policy else mx.stop_gradient(logits), self.critic(hidden)
 
-    def estimate(self, rows: TokenRows) -> mx.array:
+    def estimate(self, rows: Rows) -> mx.array:
         return self.critic(completion_hidden(self.policy, rows))
 
 
@@ -74,7 +74,7 @@ class Critic(nn.Module):
         if "lm_head" in self.backbone:
             self.backbone.lm_head.freeze()
 
-    def __call__(self, rows: TokenRows) -> mx.array:
+    def __call__(self, rows: Rows) -> mx.array:
         return self.head(completion_hidden(self.backbone, rows))
 
 
@@ -85,11 +85,11 @@ class TwoTrunks(ActorCritic):
         super().__init__()
         self.policy, self.critic = policy, Critic(policy)
 
-    def logits_and_values(self, rows: TokenRows, *, trains_policy: bool = True) -> tuple[mx.array, mx.array]:
+    def logits_and_values(self, rows: Rows, *, trains_policy: bool = True) -> tuple[mx.array, mx.array]:
         logits = completion_logits(self.policy, rows)
         return logits if trains_policy else mx.stop_gradient(logits), self.critic(rows)
 
-    def estimate(self, rows: TokenRows) -> mx.array:
+    def estimate(self, rows: Rows) -> mx.array:
         return self.critic(rows)
 
 

@@ -29,11 +29,15 @@ class PreparedRows:
     prompt_padding: mx.array | None  # (P,) None where no prompt is padded
     spread: mx.array | None  # (B, P) 1 where the row continues the prompt; None where rows continue them in even runs
     completion_tokens: mx.array  # (B, T) padded on the right
+    completion_mask: mx.array  # (B, T) 1 where a token belongs to the completion
 
     @property
     def group(self) -> int:
         """Rows of each prompt, where even."""
         return self.completion_tokens.shape[0] // self.prompt_tokens.shape[0]
+
+
+Rows = TokenRows | PreparedRows
 
 
 def prepare_rows(rows: TokenRows) -> PreparedRows:
@@ -43,13 +47,12 @@ def prepare_rows(rows: TokenRows) -> PreparedRows:
     index = np.array(rows.prompt_index)
     even = len(index) % prompts == 0 and bool((index == np.arange(len(index)) // (len(index) // prompts)).all())
     spread = None if even else mx.array((index[:, None] == np.arange(prompts)).astype(np.float32))
-    return PreparedRows(
-        rows.prompt_tokens, mx.array(padding) if padding.any() else None, spread, rows.completion_tokens
-    )
+    padded = mx.array(padding) if padding.any() else None
+    return PreparedRows(rows.prompt_tokens, padded, spread, rows.completion_tokens, rows.completion_mask)
 
 
 def score(
-    model: nn.Module, rows: TokenRows | PreparedRows, *, temperature: float = 1.0, entropy: bool = False
+    model: nn.Module, rows: Rows, *, temperature: float = 1.0, entropy: bool = False
 ) -> tuple[mx.array, mx.array | None]:
     """Log-probabilities (B, T), float32, of completion tokens under softmax(logits / temperature); entropies on
     request.
@@ -61,12 +64,12 @@ def score(
     return logprobs, token_entropy(logits, temperature=temperature) if entropy else None
 
 
-def completion_logits(model: nn.Module, rows: TokenRows | PreparedRows) -> mx.array:
+def completion_logits(model: nn.Module, rows: Rows) -> mx.array:
     """The logits (B, T, V) that predict the completion tokens."""
     return _run(model, model, rows)
 
 
-def completion_hidden(model: nn.Module, rows: TokenRows | PreparedRows) -> mx.array:
+def completion_hidden(model: nn.Module, rows: Rows) -> mx.array:
     """The trunk's output (B, T, D) where the completion tokens are predicted; `project` makes it logits."""
     return _run(model, _trunk(model), rows)
 
@@ -99,7 +102,7 @@ def _trunk(model: nn.Module) -> Any:
     return model["model"]
 
 
-def _run(model: nn.Module, run: Any, rows: TokenRows | PreparedRows) -> mx.array:
+def _run(model: nn.Module, run: Any, rows: Rows) -> mx.array:
     rows = prepare_rows(rows) if isinstance(rows, TokenRows) else rows
     return _shared(model, run, rows) if unshared_because(model) is None else _unshared(run, rows)
 

@@ -46,6 +46,8 @@ class Judged:
 class GRPOTrainer(PolicyTrainer[GRPOConfig]):
     """Trains on groups of completions of the same prompt."""
 
+    compilable = True
+
     def collect(self, step: int) -> tuple[Iterable[Sequence[PolicyBatch]], Metrics]:
         judged = self._draw_groups()
         metrics = rollout_metrics(judged.groups, self.task_reward) | judged.metrics

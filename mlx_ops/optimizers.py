@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -49,6 +50,21 @@ def _rate(step: mx.array, *, config: OptimizerConfig, peak: float, updates: int)
     return peak * warming * decay
 
 
+@dataclass(frozen=True)
+class Move:
+    """A step of an optimizer that is built and not yet made, or evaluated."""
+
+    model: nn.Module
+    optimizer: optim.Optimizer
+    weights: Tree
+    state: Tree
+
+    def make(self) -> None:
+        """The model and the optimizer go on from here."""
+        self.model.update(self.weights)
+        self.optimizer.state = self.state
+
+
 class ClippedStep:
     """Moves a model by gradients scaled down to `max_norm` where they exceed it.
 
@@ -60,25 +76,30 @@ class ClippedStep:
         self.optimizer, self.max_norm = optimizer, max_norm
         self._moved = mx.compile(self._move) if prepare().compiles else self._move
 
-    def __call__(self, model: nn.Module, grads: Tree, norm: mx.array) -> None:
-        """Make the step, not yet evaluated; `norm` is that of `grads`."""
+    def __call__(self, model: nn.Module, grads: Tree, norm: mx.array) -> Move:
+        """The step; `norm` is that of `grads`."""
         weights = cast(Tree, model.trainable_parameters())
         # Moments that came with the first step would be another shape of state, and a second trace.
         self.optimizer.init(weights)
-        weights, state = self._moved(weights, self.optimizer.state, grads, norm)
-        model.update(weights)
-        self.optimizer.state = state
+        before = self.optimizer.state
+        weights, state = self._moved(weights, before, grads, norm)
+        self.optimizer.state = before
+        return Move(model, self.optimizer, weights, state)
 
     def _move(self, weights: Tree, state: Tree, grads: Tree, norm: mx.array) -> tuple[Tree, Tree]:
-        self.optimizer.state = state
-        moved = self.optimizer.apply_gradients(clipped(grads, norm, self.max_norm), weights)
+        # The optimizer changes the dicts that it is given.
+        self.optimizer.state = tree_map(lambda array: array, state)
+        # A matrix' gradient comes transposed: beside the weights each of its numbers would be a memory access.
+        straight = tree_map(mx.contiguous, grads)
+        moved = self.optimizer.apply_gradients(clipped(straight, norm, self.max_norm), weights)
         return moved, cast(Tree, self.optimizer.state)
 
 
 def global_norm(grads: Tree) -> mx.array:
     """The norm of all gradients together, in float32."""
     squares = [mx.sum(mx.square(cast(mx.array, g).astype(mx.float32))) for _, g in tree_flatten(grads)]
-    return mx.sqrt(mx.sum(mx.stack(squares)))
+    # A sum of scalars is a few kernels where it is compiled; a stack of them is one for each.
+    return mx.sqrt(sum(squares[1:], squares[0]))
 
 
 def clipped(grads: Tree, norm: mx.array, limit: float) -> Tree:

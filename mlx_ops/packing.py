@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_ops.forward import project
+from mlx_ops.microbatches import bucketed
 from mlx_ops.pairs import Pair
 from mlx_ops.row_cache import refusal
 
@@ -30,6 +31,7 @@ class PackedRows:
     segments: mx.array  # (R, L) which example of its row a column belongs to, from 1; 0 for padding
     places: mx.array  # (N,) the columns, counted through all rows, whose next token is trained
     targets: mx.array  # (N,) those next tokens
+    counts: mx.array  # (N,) 0 for padding
     lengths: mx.array  # (R, L) tokens of the column's example, 1 for padding
 
 
@@ -79,8 +81,11 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def packed_parts(pairs: Sequence[Pair], capacity: int, token_budget: int) -> list[PackedRows]:
-    """The pairs in rows of at most `capacity` columns, as microbatches of at most `token_budget` columns or one row."""
+def packed_parts(pairs: Sequence[Pair], capacity: int, token_budget: int, bucket: int = 1) -> list[PackedRows]:
+    """The pairs in rows of at most `capacity` columns, as microbatches of at most `token_budget` columns or one row.
+
+    Those limits are of columns before they are padded to a multiple of `bucket`.
+    """
     columns = [len(pair) - 1 for pair in pairs]
     packed = [[pairs[place] for place in row] for row in pack(columns, capacity)]
     packed.sort(key=_width, reverse=True)
@@ -90,12 +95,12 @@ def packed_parts(pairs: Sequence[Pair], capacity: int, token_budget: int) -> lis
             parts[-1].append(row)
         else:
             parts.append([row])
-    return [packed_rows(part) for part in parts]
+    return [packed_rows(part, bucket) for part in parts]
 
 
-def packed_rows(rows: Sequence[Sequence[Pair]]) -> PackedRows:
-    """Rows of pairs as arrays, as wide as the longest."""
-    width = max(_width(row) for row in rows)
+def packed_rows(rows: Sequence[Sequence[Pair]], bucket: int = 1) -> PackedRows:
+    """Rows of pairs as arrays, as wide as the longest, padded to a multiple of `bucket` columns."""
+    width = bucketed(max(_width(row) for row in rows), bucket)
     inputs, segments = (np.zeros((len(rows), width), np.int32) for _ in range(2))
     lengths = np.ones((len(rows), width), np.int32)
     places: list[int] = []
@@ -110,7 +115,14 @@ def packed_rows(rows: Sequence[Sequence[Pair]]) -> PackedRows:
             places += [first + column for column, trained in enumerate(pair.trained) if trained]
             targets += [token for token, trained in zip(pair.target, pair.trained, strict=True) if trained]
             start = own.stop
-    return PackedRows(*map(mx.array, (inputs, segments, np.array(places), np.array(targets), lengths)))
+    # With a bucket, the number of targets is one of some sixteen for each shape of the inputs.
+    count = bucketed(len(places), bucketed(-(-inputs.size // 16), bucket)) if bucket > 1 else len(places)
+    columns, wanted, counts = (_filled(values, count) for values in (places, targets, [1] * len(places)))
+    return PackedRows(mx.array(inputs), mx.array(segments), columns, wanted, counts, mx.array(lengths))
+
+
+def _filled(values: Sequence[int], count: int) -> mx.array:
+    return mx.array(np.pad(np.array(values, np.int32), (0, count - len(values))))
 
 
 def require_packable(model: nn.Module) -> None:

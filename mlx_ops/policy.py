@@ -13,9 +13,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_ops.batching import Rollout, TokenRows, pad_floats, token_rows
-from mlx_ops.forward import score
+from mlx_ops.forward import PreparedRows, prepare_rows, score
 from mlx_ops.losses import aggregation_weights
-from mlx_ops.microbatches import plan
+from mlx_ops.microbatches import bucketed, plan
 from mlx_ops.model import snapshot
 
 Floats = Sequence[float] | np.ndarray
@@ -45,7 +45,7 @@ class Row:
 class PolicyBatch:
     """What a policy-gradient loss needs of B rollouts."""
 
-    rows: TokenRows
+    rows: PreparedRows
     completion_mask: mx.array  # (B, T) 1 where a sampled token counts
     weights: mx.array  # (B, T) share of each token in the loss of the whole optimizer step
     advantages: mx.array  # (B, T)
@@ -54,8 +54,10 @@ class PolicyBatch:
     ref_logprobs: mx.array | None  # (B, T) under the frozen reference
     old_values: mx.array | None  # (B, T) the critic's estimates before the update
     returns: mx.array | None  # (B, T)
-    places: tuple[int, ...]  # B, which rollout of its step each row is
+    places: mx.array  # (B,) which rollout of its step each row is
     probes: mx.array  # (N,) completion tokens, as places in the flattened (B, T), where the entropy is measured
+    kl_coef: mx.array | None = None  # () for a trainer that steers it
+    trains_policy: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,17 +87,22 @@ def microbatches(
     aggregation: Literal["token_mean", "sequence_mean", "dr_grpo"],
     max_tokens: int,
     token_budget: int,
+    bucket: int = 1,
 ) -> list[PolicyBatch]:
-    """The rows cut by a budget of padded tokens; the losses of the parts add up to that of the whole."""
+    """The rows cut by a budget of padded tokens; the losses of the parts add up to that of the whole.
+
+    Prompts and completions are padded to multiples of `bucket`.
+    """
     return [
-        _policy_batch([rows[index] for index in part], totals, aggregation, max_tokens)
-        for part in _cut(rows, token_budget)
+        _policy_batch([rows[index] for index in part], totals, aggregation, max_tokens, bucket)
+        for part in _cut(rows, token_budget, bucket)
     ]
 
 
-def _cut(rows: Sequence[Row], token_budget: int) -> list[list[int]]:
+def _cut(rows: Sequence[Row], token_budget: int, bucket: int = 1) -> list[list[int]]:
     prompts, index = _distinct(rows)
-    return plan([len(p) for p in prompts], index, [len(row.tokens) for row in rows], token_budget=token_budget)
+    widths = [bucketed(len(prompt), bucket) for prompt in prompts]
+    return plan(widths, index, [len(row.tokens) for row in rows], token_budget=token_budget)
 
 
 def _distinct(rows: Sequence[Row]) -> tuple[list[tuple[int, ...]], list[int]]:
@@ -105,13 +112,13 @@ def _distinct(rows: Sequence[Row]) -> tuple[list[tuple[int, ...]], list[int]]:
     return list(places), index
 
 
-def as_token_rows(rows: Sequence[Row]) -> TokenRows:
+def as_token_rows(rows: Sequence[Row], bucket: int = 1) -> TokenRows:
     prompts, index = _distinct(rows)
-    return token_rows(prompts, [row.tokens for row in rows], index)
+    return token_rows(prompts, [row.tokens for row in rows], index, bucket=bucket)
 
 
-def _policy_batch(rows: Sequence[Row], step: StepTotals, aggregation: str, max_tokens: int) -> PolicyBatch:
-    tokens = as_token_rows(rows)
+def _policy_batch(rows: Sequence[Row], step: StepTotals, aggregation: str, max_tokens: int, bucket: int) -> PolicyBatch:
+    tokens = as_token_rows(rows, bucket)
     mask = tokens.completion_mask * mx.array([[float(row.counts)] for row in rows])
     weights = aggregation_weights(
         mask,
@@ -127,7 +134,7 @@ def _policy_batch(rows: Sequence[Row], step: StepTotals, aggregation: str, max_t
         return pad_floats(kept, mask.shape[1]) if len(kept) == len(rows) else None
 
     return PolicyBatch(
-        tokens,
+        prepare_rows(tokens),
         mask,
         weights,
         pad_floats([row.advantages for row in rows], mask.shape[1]),
@@ -136,15 +143,15 @@ def _policy_batch(rows: Sequence[Row], step: StepTotals, aggregation: str, max_t
         padded(lambda row: row.ref_logprobs),
         padded(lambda row: row.old_values),
         padded(lambda row: row.returns),
-        tuple(row.place for row in rows),
+        mx.array([row.place for row in rows]),
         _probes(tokens.completion_lengths, mask.shape[1]),
     )
 
 
 def _probes(lengths: Sequence[int], width: int) -> mx.array:
-    """Completion tokens evenly spaced across the rows; their number depends on the batch's shape alone."""
+    """Completion tokens evenly spaced across the rows; the number of rows and the longest's bucket say how many."""
     places = np.concatenate([row * width + np.arange(length) for row, length in enumerate(lengths)])
-    count = -(-len(lengths) * width // PROBE_STRIDE)
+    count = len(lengths) * bucketed(width) // PROBE_STRIDE
     return mx.array(places[np.arange(count) * len(places) // count].astype(np.int32))
 
 

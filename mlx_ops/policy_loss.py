@@ -21,7 +21,7 @@ ROW_GAP = "rows/logprob_difference"
 
 
 def full_loss(
-    logits: mx.array, batch: PolicyBatch, config: PolicyConfig, surrogate: Surrogate, *, kl_coef: float
+    logits: mx.array, batch: PolicyBatch, config: PolicyConfig, surrogate: Surrogate, *, kl_coef: float | mx.array
 ) -> tuple[mx.array, Metrics]:
     """The surrogate with its penalties, from logits (B, T, V); `kl_coef` 0 measures the KL alone."""
     temperature, mask = config.sampling.temperature, batch.completion_mask
@@ -33,7 +33,8 @@ def full_loss(
     if batch.ref_logprobs is not None:
         penalty = kl_penalty(logprobs, batch.ref_logprobs, old, mask, estimator=config.kl_estimator)
         metrics |= _kl_metrics(logprobs, batch.ref_logprobs, penalty, mask)
-        if kl_coef:
+        # An array has no value in a trace.
+        if isinstance(kl_coef, mx.array) or kl_coef:
             share = kl_coef * weighted_sum(penalty, batch.weights)
             metrics["kl_loss"] = mx.stop_gradient(share)
             loss = loss + share

@@ -23,8 +23,8 @@ from mlx_ops.batching import TokenRows, Tree, pad_floats
 from mlx_ops.critic import ActorCritic, actor_critic
 from mlx_ops.logprobs import kl_estimate, masked_mean, masked_whiten, token_logprobs
 from mlx_ops.losses import clipped_value_loss, value_metrics
-from mlx_ops.optimizers import ClippedStep, global_norm, make_optimizer
-from mlx_ops.policy import PolicyBatch, Row, make_row, split, totals
+from mlx_ops.optimizers import ClippedStep, Move, global_norm, make_optimizer
+from mlx_ops.policy import PolicyBatch, Row, StepTotals, make_row, split, totals
 from mlx_ops.policy_loss import clip_surrogate, full_loss
 from mlx_ops.rollout import Group, rollout_metrics, sample_rows
 from mlx_ops.trainer import Metrics, mean_of
@@ -35,6 +35,8 @@ CRITIC, CRITIC_OPTIMIZER = "critic.", "critic_optimizer."
 @AlgorithmRegistry.register("ppo")
 class PPOTrainer(PolicyTrainer[PPOConfig]):
     """Trains a policy and, with an optimizer of its own, a critic that says what a token is worth."""
+
+    compilable = True
 
     def __init__(
         self,
@@ -99,9 +101,9 @@ class PPOTrainer(PolicyTrainer[PPOConfig]):
         assert isinstance(model, ActorCritic)
         assert batch.old_values is not None
         assert batch.returns is not None
-        logits, values = model.logits_and_values(batch.rows, trains_policy=self.trains_policy)
+        logits, values = model.logits_and_values(batch.rows, trains_policy=batch.trains_policy)
         surrogate = partial(clip_surrogate, config=config)
-        kl_coef = self.kl.coef if config.kl_in == "loss" else 0.0
+        kl_coef = 0.0 if batch.kl_coef is None else batch.kl_coef
         loss, metrics = full_loss(logits, batch, config, surrogate, kl_coef=kl_coef)
         value_loss, extra = clipped_value_loss(
             *(values, batch.old_values, batch.returns, batch.completion_mask, batch.weights),
@@ -109,7 +111,13 @@ class PPOTrainer(PolicyTrainer[PPOConfig]):
         )
         metrics |= extra | {"value_loss": mx.stop_gradient(value_loss)}
         weight = config.critic.coef if config.critic.kind == "head" else 1.0
-        return (loss if self.trains_policy else 0.0) + weight * value_loss, metrics
+        return (loss if batch.trains_policy else 0.0) + weight * value_loss, metrics
+
+    def minibatch(self, rows: Sequence[Row], totals: StepTotals) -> list[PolicyBatch]:
+        """The rows, with what steers this step's loss: a compiled loss sees no change of the trainer's own."""
+        kl_coef = mx.array(self.kl.coef) if self.config.kl_in == "loss" else None
+        found = super().minibatch(rows, totals)
+        return [replace(batch, kl_coef=kl_coef, trains_policy=self.trains_policy) for batch in found]
 
     def observe(self, batch: PolicyBatch, extra: Mapping[str, mx.array]) -> None:
         super().observe(batch, extra)
@@ -118,13 +126,13 @@ class PPOTrainer(PolicyTrainer[PPOConfig]):
     def norms(self, grads: Tree) -> dict[str, mx.array]:
         return {"grad_norm": global_norm(grads["policy"]), "critic_grad_norm": global_norm(grads["critic"])}
 
-    def apply(self, grads: Tree, norms: Mapping[str, mx.array]) -> None:
+    def moves(self, grads: Tree, norms: Mapping[str, mx.array]) -> list[Move]:
         """A step of each optimizer on gradients clipped apart; while the critic warms up, of its own alone."""
         policy, critic = self.actor_critic.policy, self.actor_critic.critic
-        self.critic_step(critic, grads["critic"], norms["critic_grad_norm"])
+        found = [self.critic_step(critic, grads["critic"], norms["critic_grad_norm"])]
         if self.trains_policy:
-            self.optimizer_step(policy, grads["policy"], norms["grad_norm"])
-        mx.eval(self.model.trainable_parameters(), self.optimizer.state, self.critic_optimizer.state)
+            found.append(self.optimizer_step(policy, grads["policy"], norms["grad_norm"]))
+        return found
 
     def _valued(self, rows: Sequence[Row]) -> tuple[list[Row], Metrics]:
         """The rows with values, and with log-probabilities of the policy and the reference where they are needed."""

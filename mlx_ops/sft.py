@@ -14,12 +14,12 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
 from configs.schema import PromptConfig, SFTConfig
-from mlx_ops.batching import TokenRows, pad_floats, token_rows
+from mlx_ops.batching import pad_floats, token_rows
 from mlx_ops.distributed import ALONE, Ranks
-from mlx_ops.forward import completion_logits, unshared_because
+from mlx_ops.forward import PreparedRows, completion_logits, prepare_rows, unshared_because
 from mlx_ops.logprobs import masked_mean, token_logprobs
 from mlx_ops.losses import dft_loss, nll_loss
-from mlx_ops.microbatches import plan
+from mlx_ops.microbatches import bucketed, plan
 from mlx_ops.neftune import embedding_of, noisy_embeddings
 from mlx_ops.packing import PackedRows, packed_logits, packed_parts, require_packable
 from mlx_ops.pairs import Pair, make_pair
@@ -34,7 +34,7 @@ LOSSES = {"nll": nll_loss, "dft": dft_loss}
 class SFTBatch:
     """The pairs of one microbatch: a row each, or packed."""
 
-    rows: TokenRows | PackedRows
+    rows: PreparedRows | PackedRows
     targets: mx.array  # (B, T), packed (N,)
     weights: mx.array  # like targets, 1 / tokens of the whole step where a token is imitated
     lengths: mx.array  # (B, 1) tokens of each row's example, packed (R, L) of each column's
@@ -43,6 +43,8 @@ class SFTBatch:
 
 class SFTTrainer(BaseTrainer[SFTBatch]):
     """Imitates the targets of `pairs`, in the order that `take` gives."""
+
+    compilable = True
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class SFTTrainer(BaseTrainer[SFTBatch]):
     ) -> None:
         limits = Limits(config.optimizer.max_grad_norm, config.max_nonfinite_steps)
         super().__init__(model, optimizer, seed=seed, limits=limits, ranks=ranks)
+        self.compiled = self.compiled and config.compile_update
         self.config, self.pairs, self.take, self.token_budget = config, pairs, take, token_budget
         self.validation = validation[: config.validation_examples]
         # Asked once a process, by running the model: in the first step that would use up random numbers of its dropout.
@@ -108,8 +111,8 @@ class SFTTrainer(BaseTrainer[SFTBatch]):
         """This rank's share of the pairs of a step, weighted as parts of the whole."""
         own, trained = self.ranks.share(pairs, [len(pair) for pair in pairs]), _trained(pairs)
         if self.config.packing:
-            return packed_batches(own, self.token_budget, self.config.max_length, trained=trained)
-        return sft_batches(own, self.token_budget, trained=trained)
+            return packed_batches(own, self.token_budget, self.config.max_length, trained=trained, bucket=self.bucket)
+        return sft_batches(own, self.token_budget, trained=trained, bucket=self.bucket)
 
 
 def imitation(model: nn.Module, batch: SFTBatch) -> tuple[mx.array, dict[str, mx.array]]:
@@ -122,30 +125,33 @@ def imitation(model: nn.Module, batch: SFTBatch) -> tuple[mx.array, dict[str, mx
     return token_logprobs(logits, batch.targets), metrics
 
 
-def sft_batches(pairs: Sequence[Pair], token_budget: int, *, trained: int | None = None) -> list[SFTBatch]:
+def sft_batches(
+    pairs: Sequence[Pair], token_budget: int, *, trained: int | None = None, bucket: int = 1
+) -> list[SFTBatch]:
     """The pairs as microbatches, a row each, whose losses add up to the mean over all imitated tokens.
 
-    `trained` is the number of those where the pairs are only a share of the step's.
+    `trained` is the number of those where the pairs are only a share of the step's. Prompts and targets are padded to
+    multiples of `bucket`.
     """
     tokens = trained or _trained(pairs)
-    lengths = [len(pair.prompt) for pair in pairs], [len(pair.target) for pair in pairs]
+    lengths = [bucketed(len(pair.prompt), bucket) for pair in pairs], [len(pair.target) for pair in pairs]
     parts = plan(lengths[0], list(range(len(pairs))), lengths[1], token_budget=token_budget)
-    return [_side_by_side([pairs[index] for index in part], tokens) for part in parts]
+    return [_side_by_side([pairs[index] for index in part], tokens, bucket) for part in parts]
 
 
 def packed_batches(
-    pairs: Sequence[Pair], token_budget: int, capacity: int, *, trained: int | None = None
+    pairs: Sequence[Pair], token_budget: int, capacity: int, *, trained: int | None = None, bucket: int = 1
 ) -> list[SFTBatch]:
     """As `sft_batches`, with several pairs in rows of at most `capacity` columns."""
     weight = 1 / (trained or _trained(pairs))
     return [
-        SFTBatch(rows, rows.targets, mx.full(rows.targets.shape, weight), rows.lengths, rows.inputs.size)
-        for rows in packed_parts(pairs, capacity, token_budget)
+        SFTBatch(rows, rows.targets, rows.counts * weight, rows.lengths, rows.inputs.size)
+        for rows in packed_parts(pairs, capacity, token_budget, bucket)
     ]
 
 
-def _side_by_side(pairs: Sequence[Pair], tokens: int) -> SFTBatch:
-    rows = token_rows([pair.prompt for pair in pairs], [pair.target for pair in pairs])
+def _side_by_side(pairs: Sequence[Pair], tokens: int, bucket: int) -> SFTBatch:
+    rows = prepare_rows(token_rows([pair.prompt for pair in pairs], [pair.target for pair in pairs], bucket=bucket))
     width = rows.completion_tokens.shape[1]
     weights = pad_floats([pair.trained for pair in pairs], width) / tokens
     lengths = mx.array([[len(pair)] for pair in pairs])

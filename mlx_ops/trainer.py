@@ -8,16 +8,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_map
 
+from mlx_ops.backend import prepare
 from mlx_ops.batching import Tree
 from mlx_ops.distributed import ALONE, Ranks
-from mlx_ops.optimizers import ClippedStep, global_norm
+from mlx_ops.gradient import CompiledGradient, ValueAndGradient
+from mlx_ops.microbatches import BUCKET
+from mlx_ops.optimizers import ClippedStep, Move, global_norm
 
 Batch = TypeVar("Batch")
 Metrics = dict[str, float]
@@ -47,11 +50,23 @@ def no_metrics(step: int) -> Metrics:  # noqa: ARG001 (the shape of an evaluatio
 class BaseTrainer(ABC, Generic[Batch]):
     """A subclass writes `collect` and `loss`."""
 
+    compilable: ClassVar[bool] = False
+    """`loss` reads nothing that changes but the model and the batch. A class that writes a `loss` says so itself."""
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        if "loss" in vars(cls) and "compilable" not in vars(cls):
+            cls.compilable = False
+
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, *, seed: int, limits: Limits, ranks: Ranks = ALONE
     ) -> None:
         self.model, self.optimizer, self.seed, self.limits, self.ranks = model, optimizer, seed, limits, ranks
         self.optimizer_step = ClippedStep(optimizer, limits.max_grad_norm)
+        # A CPU gains 3 to 5 %, less than tracing each shape costs.
+        self.compiled = self.compilable and prepare().is_gpu
+        self.compiled_gradient = CompiledGradient()
+        self.compiled_check = mx.compile(self._check)
         self.completed = 0
         self.resting = True
         """The weights are those of `completed` steps, `committed` is the state after them, and they are reported."""
@@ -73,6 +88,17 @@ class BaseTrainer(ABC, Generic[Batch]):
 
         Metrics are averaged by `tokens`; parts of the loss end in `_loss` and add up; arrays are for `observe`.
         """
+
+    @property
+    def bucket(self) -> int:
+        """Lengths in batches are padded to multiples of this: a compiled gradient is traced for each shape."""
+        return BUCKET if self.compiled else 1
+
+    def gradient(self, batch: Batch) -> ValueAndGradient:
+        """The loss of a microbatch with its metrics, and its gradient."""
+        if self.compiled:
+            return self.compiled_gradient(self.loss, self.model, batch)
+        return nn.value_and_grad(self.model, self.loss)(self.model, batch)
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs beside weights, optimizer and step; JSON."""
@@ -129,37 +155,56 @@ class BaseTrainer(ABC, Generic[Batch]):
     def update(self, minibatch: Sequence[Batch]) -> Metrics:
         """One optimizer step over microbatches; one whose loss or gradient is not finite changes nothing and counts."""
         started = time.perf_counter()
-        gradient = nn.value_and_grad(self.model, self.loss)
-        total, grads, parts = mx.array(0.0), None, []
-        for batch in minibatch:
-            (value, extra), new = gradient(self.model, batch)
-            total = total + value
-            grads = new if grads is None else tree_map(mx.add, grads, new)
-            mx.eval(total, grads, extra)
-            self.observe(batch, extra)
-            parts.append({name: float(number) for name, number in extra.items() if number.ndim == 0})
-        parts = self.ranks.gather(parts)
-        assert parts, "a minibatch without microbatches"
-        if grads is None:  # the other ranks have all of them
-            grads = tree_map(mx.zeros_like, self.model.trainable_parameters())
+        total, grads, extras = self._summed(minibatch)
         total, grads = self.ranks.sum((total, grads))
-        norms = self.norms(grads)
-        finite = bool(mx.all(mx.isfinite(mx.stack([total, *norms.values()]))).item())
-        if finite:
-            self.apply(grads, norms)
-        else:
+        norms, finite = (self.compiled_check if self.compiled else self._check)(total, grads)
+        mx.async_eval(norms, finite)
+        # Built while the device computes what decides whether they are made.
+        moves = self.moves(grads, norms)
+        allowed = bool(finite.item())
+        if allowed:
+            for move in moves:
+                move.make()
+            mx.eval([(move.weights, move.state) for move in moves])
+        parts = self.ranks.gather([self._measured(*part) for part in zip(minibatch, extras, strict=True)])
+        assert parts, "a minibatch without microbatches"
+        if not allowed:
             name = f"step_{self.completed + 1:06d}_{self.nonfinite_in_a_row + 1}"
             self.inspect(name, {"loss": total, **norms} | named_arrays(minibatch))
-        self.nonfinite_in_a_row = nonfinite_in_a_row(finite, self.nonfinite_in_a_row, self.limits.max_nonfinite_steps)
+        self.nonfinite_in_a_row = nonfinite_in_a_row(allowed, self.nonfinite_in_a_row, self.limits.max_nonfinite_steps)
         return {
             **whole_of(parts),
             **{name: float(norm) for name, norm in norms.items()},
             "loss": float(total),
             "learning_rate": float(self.optimizer.learning_rate),
             "updates": 1.0,
-            "skipped_updates": float(not finite),
+            "skipped_updates": float(not allowed),
             "seconds/update": time.perf_counter() - started,
         }
+
+    def _summed(self, minibatch: Sequence[Batch]) -> tuple[mx.array, Tree, list[Mapping[str, mx.array]]]:
+        """The loss and its gradient, enqueued, and what the microbatches returned beside it."""
+        total, grads, extras = mx.array(0.0), None, []
+        for batch in minibatch:
+            if grads is not None:  # a microbatch's activations go before the next one's come
+                mx.eval(total, grads)
+            (value, extra), new = self.gradient(batch)
+            total = total + value
+            grads = new if grads is None else tree_map(mx.add, grads, new)
+            mx.async_eval(total, grads, extra)
+            extras.append(extra)
+        if grads is None:  # the other ranks have all of them
+            grads = tree_map(mx.zeros_like, self.model.trainable_parameters())
+        return total, grads, extras
+
+    def _check(self, total: mx.array, grads: Tree) -> tuple[dict[str, mx.array], mx.array]:
+        """The norms, and whether they and the loss are finite."""
+        norms = self.norms(grads)
+        return norms, mx.all(mx.isfinite(mx.stack([total, *norms.values()])))
+
+    def _measured(self, batch: Batch, extra: Mapping[str, mx.array]) -> Metrics:
+        self.observe(batch, extra)
+        return {name: float(number) for name, number in extra.items() if number.ndim == 0}
 
     def rewind(self) -> None:
         """Back to the last completed step, where a lost rank keeps the one that has begun from being completed."""
@@ -181,10 +226,9 @@ class BaseTrainer(ABC, Generic[Batch]):
         """The norms of the gradients before clipping, by the name of their metric."""
         return {"grad_norm": global_norm(grads)}
 
-    def apply(self, grads: Tree, norms: Mapping[str, mx.array]) -> None:
-        """Move the weights by gradients that are finite."""
-        self.optimizer_step(self.model, grads, norms["grad_norm"])
-        mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+    def moves(self, grads: Tree, norms: Mapping[str, mx.array]) -> list[Move]:
+        """The steps by these gradients, to be made where they are finite."""
+        return [self.optimizer_step(self.model, grads, norms["grad_norm"])]
 
 
 def named_arrays(value: Any, name: str = "batch") -> dict[str, mx.array]:

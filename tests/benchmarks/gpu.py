@@ -20,7 +20,7 @@ from mlx_lm.models import qwen2
 
 from mlx_ops.backend import prepare
 from tests.benchmarks.rollout import GROUP, Work, engine, mlx_lm_generator, unequal_lengths
-from tests.benchmarks.update import every_row, group_rows, shared, trained, update
+from tests.benchmarks.update import group_rows, shared, trained, update
 
 SHAPE = {
     "hidden_size": 896,
@@ -92,10 +92,10 @@ def updates(model: Any, groups: int, peak: float, repeats: int, with_torch: bool
     """Forward, backward and AdamW on completions; the fraction of the matmul rate counts every row's prompt."""
     rows = group_rows(model, groups, PROMPT, NEW)
     cases = {
-        "prompt once a group, compiled": update(model, rows, shared, compiled=True),
-        "prompt once a group": update(model, rows, shared),
-        "the same in the trainer": trained(model, groups, PROMPT, NEW),
-        "prompt in every row, compiled": update(model, rows, every_row, compiled=True),
+        "the trainer's own": trained(model, groups, PROMPT, NEW),
+        "the trainer's own, unequal lengths": trained(model, groups, PROMPT, NEW, ragged=True),
+        "the trainer's own, not compiled": trained(model, groups, PROMPT, NEW, compiled=False),
+        "log-probabilities alone, compiled": update(model, rows, shared, compiled=True),
     }
     if with_torch:
         cases["torch, prompt in every row"] = torch_update(model, groups * GROUP)
@@ -105,6 +105,17 @@ def updates(model: Any, groups: int, peak: float, repeats: int, with_torch: bool
     for name, found in samples.items():
         rate = done / statistics.median(sample.wall for sample in found)
         print(f"{name:44}{rate / 1e12:>9.0f} TFLOP/s worth, {rate / peak:.0%} of the matmul rate", flush=True)
+
+
+def tracing(model: Any) -> None:
+    """Seconds of a shape's first update, which traces it, beside its later ones'; the first of all compiles kernels."""
+    print(f"\n{'first updates of a shape':44}{'seconds':>9}{'next':>9}", flush=True)
+    shapes = ((4, NEW, False), (4, NEW // 2, False), (3, NEW, False), (4, NEW, True), (3, NEW // 2, True))
+    for groups, new, ragged in shapes:
+        case = trained(model, groups, PROMPT, new, ragged=ragged)
+        walls = [run(case).wall for _ in range(3)]
+        name = f"{groups} x {GROUP} rows, new {new}{', unequal' * ragged}"
+        print(f"{name:44}{walls[0]:>9.2f}{min(walls[1:]):>9.3f}", flush=True)
 
 
 def torch_update(model: Any, rows: int) -> Case:
@@ -162,6 +173,8 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"{parameters(model):,} parameters", flush=True)
     for rows in arguments.rows:
         rollouts(model, rows, arguments.repeats)
+    if arguments.groups:
+        tracing(model)
     for groups in arguments.groups:
         updates(model, groups, peak, arguments.repeats, arguments.torch)
     if arguments.profile:

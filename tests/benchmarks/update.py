@@ -78,7 +78,8 @@ def update(model: Any, rows: TokenRows, logprobs: Logprobs, *, compiled: bool = 
 
     def step() -> mx.array:
         value, grads = gradient(model, rows, logprobs)
-        move(model, grads, global_norm(grads))
+        move(model, grads, global_norm(grads)).make()
+        state[1] = optimizer.state
         return value
 
     state = [model.state, optimizer.state]
@@ -91,8 +92,14 @@ def update(model: Any, rows: TokenRows, logprobs: Logprobs, *, compiled: bool = 
     return case
 
 
-def trained(model: Any, prompts: int, prompt: int, new: int) -> Case:
-    """`GRPOTrainer.update` of groups of 8 in one microbatch, with all that it measures."""
+def trained(
+    model: Any, prompts: int, prompt: int, new: int, *, compiled: bool | None = None, ragged: bool = False
+) -> Case:
+    """`GRPOTrainer.update` of groups of 8 in one microbatch, with all that it measures.
+
+    `compiled` is the trainer's own choice unless said. Where `ragged`, prompts and completions have all lengths from
+    three quarters up.
+    """
     sampling = SamplingConfig(max_tokens=new)
     config = GRPOConfig(steps=1, prompts_per_step=prompts, group_size=GROUP, sampling=sampling)
     trainer = GRPOTrainer(
@@ -103,20 +110,35 @@ def trained(model: Any, prompts: int, prompt: int, new: int) -> Case:
         seed=0,
         keep=lambda rows: None,
     )
+    if compiled is not None:
+        trainer.compiled = compiled
     heads, tails = random_prompts(model, prompts, prompt), random_prompts(model, prompts * GROUP, new)
-    advantages = [1.0 if place % 2 else -1.0 for place in range(prompts * GROUP)]
+    if ragged:
+        heads, tails = shortened(heads), shortened(tails)
     rows = [
-        Row(tuple(heads[place // GROUP]), tuple(tail), [-5.0] * new, [advantage] * new, counts=True, place=place)
-        for place, (tail, advantage) in enumerate(zip(tails, advantages, strict=True))
+        Row(
+            tuple(heads[place // GROUP]),
+            tuple(tail),
+            [-5.0] * len(tail),
+            [place % 2 - 0.5] * len(tail),
+            True,
+            place=place,
+        )
+        for place, tail in enumerate(tails)
     ]
-    minibatch = trainer.minibatch(rows, totals(rows))
+    minibatch, made = trainer.minibatch(rows, totals(rows)), sum(map(len, tails))
     model.train()
 
     def case() -> int:
         trainer.update(minibatch)
-        return prompts * GROUP * new
+        return made
 
     return case
+
+
+def shortened(rows: list[list[int]]) -> list[list[int]]:
+    """The rows cut to lengths from three quarters of their own to the whole, evenly."""
+    return [row[: len(row) - place * len(row) // (4 * len(rows))] for place, row in enumerate(rows)]
 
 
 def worst_difference(model: Any, rows: TokenRows) -> float:
@@ -163,7 +185,7 @@ def microbatched(
             _, grads = gradient(model, rows, shared)
             total = grads if total is None else tree_map(mx.add, total, grads)
             mx.eval(total)
-        move(model, total, global_norm(total))
+        move(model, total, global_norm(total)).make()
         mx.eval(model.state, optimizer.state)
         return sum(len(row) for row in completions)
 

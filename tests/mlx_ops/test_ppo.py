@@ -98,7 +98,9 @@ def test_a_completion_that_was_cut_earns_its_score_at_its_last_token():
     minibatches, _ = trainer(tiny_model(), config, drawn).collect(0)
     ((batch,),) = minibatches
     # Values are 0 and lambda is 0: only the token where the score stands has an advantage.
-    assert np.array(batch.advantages)[np.array(batch.rows.completion_lengths) == 3].tolist() == [[0.0, 0.0, 1.0]]
+    assert np.array(batch.advantages)[np.array(batch.rows.completion_mask).sum(axis=1) == 3].tolist() == [
+        [0.0, 0.0, 1.0]
+    ]
 
 
 # ---- one update ----------------------------------------------------------------------------------------------------
@@ -223,7 +225,7 @@ def test_a_completion_without_a_score_is_left_out():
 
 def test_minibatches_hold_all_rows_once_an_epoch():
     ppo = trainer(tiny_model(), ppo_config(epochs=2, minibatches=3), groups())
-    seen = [[place for batch in minibatch for place in batch.places] for minibatch in ppo.collect(0)[0]]
+    seen = [[place for batch in minibatch for place in batch.places.tolist()] for minibatch in ppo.collect(0)[0]]
     assert sorted(map(len, seen)) == [5, 5, 5, 5, 6, 6]
     assert sorted(place for part in seen[:3] for place in part) == list(range(16))
     assert sorted(place for part in seen[3:] for place in part) == list(range(16))
