@@ -20,6 +20,11 @@ class Held(ABC):
     caches: list[Any]
     _model: Any
 
+    @property
+    def nbytes(self) -> int:
+        """What keys and values fill."""
+        return sum(cache.nbytes for cache in self.caches)
+
     def step(self, sampler: Sampler, tokens: mx.array, u: mx.array) -> tuple[mx.array, mx.array]:
         """Append these tokens; the next ones and their log-probabilities."""
         return sampler(self._model(tokens[:, None], cache=self.caches)[:, -1], u)

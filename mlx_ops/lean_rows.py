@@ -53,6 +53,10 @@ class LeanRows(Held):
         if columns and not self._shares(len(index), self._group if len(set(counts)) == 1 else 1):
             self._merge(mx.array(list(index)))
 
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for layer in self._layers for array in layer)
+
     def step(self, sampler: Sampler, tokens: mx.array, u: mx.array) -> tuple[mx.array, mx.array]:
         if self._used == self._shown.shape[1]:
             self._grow()

@@ -155,7 +155,7 @@ def cases(work: Work, arguments: argparse.Namespace) -> dict[str, Case]:
     """What is compared on this work."""
     found: dict[str, Case] = {"engine": engine(work)}
     if arguments.every_cache:
-        kinds: tuple[Kind, ...] = ("shared", "rows", "paged", "library")
+        kinds: tuple[Kind, ...] = ("lean", "shared", "rows", "paged", "library")
         found |= {f"engine, cache {kind}": engine(work, kind) for kind in kinds}
     if arguments.slots:
         found[f"engine, {arguments.slots} slots"] = engine(work, max_rows=arguments.slots)
