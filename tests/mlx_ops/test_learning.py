@@ -63,7 +63,7 @@ COMMON: dict[str, Any] = {"sampling": SAMPLING.model_dump(), "prompts_per_step":
     ("cls", "config"),
     [
         (GRPOTrainer, GRPOConfig(preset="grpo", steps=20, learning_rate=1e-2, group_size=8, **COMMON)),  # pyright: ignore
-        (PPOTrainer, PPOConfig(steps=28, learning_rate=2e-3, completions_per_prompt=8, **COMMON)),
+        (PPOTrainer, PPOConfig(steps=20, learning_rate=1e-3, completions_per_prompt=8, **COMMON)),
     ],
     ids=["grpo", "ppo"],
 )
