@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_ops import lean_weights
 from mlx_ops.backend import prepare
@@ -90,6 +91,7 @@ class LeanRows(Held):
                 self._merge(mx.arange(self._shown.shape[0]) // group)
         self._positions, self._shown = self._positions[rows], self._shown[rows]
         self._layers = [[own[:, rows], *rest] for own, *rest in self._layers]
+        self._drop()
 
     def join(self, prompts: Sequence[Sequence[int]], index: Sequence[int], left: int) -> None:
         more = LeanRows(self._model, prompts, index, left)
@@ -141,6 +143,13 @@ class LeanRows(Held):
         wide = [(0, 0), (0, 0), (by, kept - used), (0, 0)]
         self._layers = [[mx.pad(own[:, :, :used], wide)] for (own,) in self._layers]
         self._used += by
+
+    def _drop(self) -> None:
+        """Leave out the columns before those of any row: where rows come and go, they would add up."""
+        first = int(np.array(self._shown.any(axis=0)).argmax()) // COLUMNS * COLUMNS
+        if first:
+            self._shown, self._used = self._shown[:, first:], self._used - first
+            self._layers = [[own[:, :, first:], *rest] for own, *rest in self._layers]
 
     def _grow(self) -> None:
         self._shown = mx.pad(self._shown, [(0, 0), (0, COLUMNS)], constant_values=True)

@@ -210,6 +210,20 @@ def test_what_fits_holds_the_living_and_is_no_larger_than_before(monkeypatch, sh
             assert held.fit(slots or [0])[-1] < len(kept)
 
 
+def test_rows_that_come_and_go_need_no_more_columns_than_the_oldest_of_them():
+    model, prompts = tiny_model(), tokens_of([20] * 8)
+    held, tokens, sizes = LeanRows(model, prompts[:2], [0, 1], 60), mx.array([row[-1] for row in prompts[:2]]), []
+    for prompt in prompts[2:]:
+        drawn, _ = advance(held, tokens, [0, 1], 0, 60)
+        held.keep([1], 60)
+        held.join([prompt], [0], 60)
+        tokens = mx.array([drawn[-1, 1].item(), prompt[-1]])
+        sizes.append(held.nbytes)
+    # Each row is there for two rounds: 20 + 120 tokens, in buffers of 64 columns more.
+    a_column = 2 * 2 * 2 * 2 * 8 * 4
+    assert max(sizes) <= (64 + 120 + 64) * a_column
+
+
 def test_a_second_rollout_of_the_same_shape_is_not_traced_and_sees_the_new_weights():
     model, prompts, traced = tiny_model(), tokens_of([6]), []
 
