@@ -18,7 +18,8 @@ from mlx_ops.backend import prepare
 from mlx_ops.batching import Tree
 from mlx_ops.held import Held, prefill
 from mlx_ops.lean_blocks import Rows, logits
-from mlx_ops.lean_weights import Blocks, read
+from mlx_ops.lean_weights import Blocks, numbers, read
+from mlx_ops.microbatches import bucketed
 from mlx_ops.sampling import Sampler
 
 COLUMNS = 64
@@ -34,19 +35,27 @@ CLOSE = 1e-3
 class LeanRows(Held):
     """Each row's keys and values in a buffer of its own, each prompt's beside them or in them."""
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], index: Sequence[int], left: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        index: Sequence[int],
+        left: int,
+        known: tuple[Blocks, Tree] | None = None,
+    ) -> None:
+        """`known` is what `read` gave of the model, where other rows have it."""
         self._model = model
-        self._blocks, self._weights = read(model)
+        self._blocks, self._weights = read(model) if known is None else known
         mx.eval(self._weights)
         held = prefill(model, prompts)
         columns, counts = held[0].index, [len(list(rows)) for _, rows in groupby(index)]
-        self._used, room = 0, _bucket(min(left, COLUMNS))
+        self._used, room = 0, bucketed(min(left, COLUMNS), COLUMNS)
         shape = (2 * self._blocks.kv_heads, len(index), room, self._blocks.size)
-        wide = [(0, 0), (0, 0), (0, _bucket(columns) - columns), (0, 0)]
+        wide = [(0, 0), (0, 0), (0, bucketed(columns, COLUMNS) - columns), (0, 0)]
         kept = [[mx.pad(array.swapaxes(0, 1), wide) for array in cache.state] for cache in held]
         self._layers = [[mx.zeros(shape), *prompt] for prompt in kept]
         padding = mx.array(held[0].padding)[:, None]
-        place = mx.arange(_bucket(columns))[None]
+        place = mx.arange(bucketed(columns, COLUMNS))[None]
         self._prompts: mx.array | None = (place >= padding) & (place < columns) if columns else None
         self._shown = mx.ones((len(index), room), mx.bool_)
         self._positions = columns - mx.array(held[0].padding)[mx.array(list(index))]
@@ -94,13 +103,13 @@ class LeanRows(Held):
         self._drop()
 
     def join(self, prompts: Sequence[Sequence[int]], index: Sequence[int], left: int) -> None:
-        more = LeanRows(self._model, prompts, index, left)
+        more = LeanRows(self._model, prompts, index, left, (self._blocks, self._weights))
         for held in (self, more):
             if held._prompts is not None:
                 held._merge(mx.arange(held._shown.shape[0]) // held._group)
         used = max(self._used, more._used)
         for held in (self, more):
-            held._shift(used - held._used, _bucket(used + 1))
+            held._shift(used - held._used, bucketed(used + 1, COLUMNS))
         self._positions = mx.concatenate([self._positions, more._positions])
         self._shown = mx.concatenate([self._shown, more._shown])
         pairs = zip(self._layers, more._layers, strict=True)
@@ -164,10 +173,9 @@ def refusal(model: Any) -> str | None:
     reason = lean_weights.refusal(model)
     if reason is not None:
         return reason
-    blocks, weights = read(model)
-    kind = (type(model), blocks)
+    kind = (type(model), numbers(model))
     if kind not in _DIFFERENCES:
-        _DIFFERENCES[kind] = _difference(model, blocks, weights)
+        _DIFFERENCES[kind] = _difference(model, *read(model))
     far = _DIFFERENCES[kind]
     return None if far < CLOSE else f"{type(model).__module__} computes something else: {far:.1e} of its largest logit"
 
@@ -197,10 +205,6 @@ def _compiled(blocks: Blocks, sampler: Sampler) -> Callable[..., Any]:
         return *sampler(out, u), positions + 1, layers
 
     return mx.compile(step)
-
-
-def _bucket(columns: int) -> int:
-    return -(-columns // COLUMNS) * COLUMNS
 
 
 def _halves(group: int) -> Iterator[int]:

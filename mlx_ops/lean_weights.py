@@ -57,10 +57,15 @@ def refusal(model: Any) -> str | None:
 def read(model: Any) -> tuple[Blocks, Tree]:
     """The numbers and weights, not yet evaluated, of a model that isn't refused."""
     trunk = model["model"]
-    blocks, embedding = _numbers(trunk["layers"][0]), trunk["embed_tokens"]["weight"]
+    blocks, embedding = numbers(model), trunk["embed_tokens"]["weight"]
     head = _linear(model["lm_head"]) if "lm_head" in model else {"weight": embedding.T}
     layers = [_layer(layer, blocks) for layer in trunk["layers"]]
     return blocks, {"embedding": embedding, "norm": trunk["norm"]["weight"], "head": head, "layers": layers}
+
+
+def numbers(model: Any) -> Blocks:
+    """The numbers of a model that isn't refused."""
+    return _numbers(model["model"]["layers"][0])
 
 
 def _complaints(model: Any) -> Iterator[str]:
@@ -93,7 +98,7 @@ def _odd_layer(layer: Any) -> Iterator[str]:
     yield from _odd_parts(mlp, {"gate_proj", "up_proj", "down_proj"})
     for module in (*(attention[name] for name in PROJECTIONS), *mlp.children().values()):
         yield from _odd_linear(module)
-    if len({"bias" in _linear(attention[name]) for name in PROJECTIONS[:3]}) > 1:
+    if len({"bias" in _base(attention[name]) for name in PROJECTIONS[:3]}) > 1:
         yield "some of its queries, keys and values have a bias"
     if missing := {"rope", "n_heads", "n_kv_heads", "scale"} - set(attention) - set(vars(attention)):
         yield f"its attention has no {', '.join(sorted(missing))}"
@@ -103,11 +108,9 @@ def _odd_layer(layer: Any) -> Iterator[str]:
 
 
 def _odd_linear(module: Any) -> Iterator[str]:
-    if type(module) in ADAPTERS:
-        if module.training and module["dropout"]._p_1 < 1:
-            yield "its adapters drop out; set it to eval"
-        module = module["linear"]
-    yield from _odd_kind(module, nn.Linear)
+    if type(module) in ADAPTERS and module.training and module["dropout"]._p_1 < 1:
+        yield "its adapters drop out; set it to eval"
+    yield from _odd_kind(_base(module), nn.Linear)
 
 
 def _odd_parts(module: Any, needed: set[str], more: Set[str] = frozenset()) -> Iterator[str]:
@@ -140,7 +143,7 @@ def _numbers(layer: Any) -> Blocks:
     return Blocks(
         heads=attention.n_heads,
         kv_heads=attention.n_kv_heads,
-        size=_linear(attention["k_proj"])["weight"].shape[1] // attention.n_kv_heads,
+        size=_base(attention["k_proj"])["weight"].shape[0] // attention.n_kv_heads,
         scale=attention.scale,
         eps=norms[0].eps,
         normed=len(norms) == 4,
@@ -169,6 +172,11 @@ def _layer(layer: Any, blocks: Blocks) -> Tree:
         norms = [mx.repeat(attention[n]["weight"][None], c, axis=0) for n, c in zip(HEAD_NORMS, counts, strict=True)]
         weights["head_norms"] = mx.concatenate([*norms, mx.ones((blocks.kv_heads, blocks.size))])
     return weights
+
+
+def _base(module: Any) -> Any:
+    """A linear layer without its adapter."""
+    return module["linear"] if type(module) in ADAPTERS else module
 
 
 def _linear(module: Any) -> dict[str, mx.array]:
