@@ -15,17 +15,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_ops.batching import Tree
-from mlx_ops.exponential import exp, silu
+from mlx_ops.exponential import SHORT, exp, swiglu
 from mlx_ops.lean_weights import Blocks
 
-
-@dataclass(frozen=True)
-class Stretch:
-    """Columns that rows attend to: P times C, each for B / P rows that stand beside each other."""
-
-    keys: mx.array  # (H, P, C, D)
-    values: mx.array  # (H, P, C, D)
-    shown: mx.array  # (P, C) True where a column is there for its rows
+HIDDEN = -1e30
+"""What a column that nobody may attend to adds to its scores."""
 
 
 @dataclass(frozen=True)
@@ -34,58 +28,83 @@ class Rows:
 
     positions: mx.array  # (B,) of their tokens
     column: mx.array  # (1,) of the rows' own buffers, where the tokens' keys and values go
-    shown: mx.array  # (B, C) True where an own column is the row's, this one among them
-    prompts: mx.array | None  # (P, N) the same of the prompts', None where each row has its prompt in its own columns
 
 
 def logits(blocks: Blocks, weights: Tree, tokens: mx.array, rows: Rows, layers: list[list[mx.array]]) -> Any:
     """The logits (B, V) behind these tokens (B,), and the layers' buffers with their keys and values.
 
-    A layer is the rows' own buffer (2H, B, C, D), keys then values, and the prompts' keys and values (H, P, N, D) where
-    prompts are held apart.
+    A layer is the rows' own stretch of columns, and the prompts' where prompts are held apart.
     """
     turns = _turns(blocks, rows.positions)
     hidden, after = weights["embedding"][tokens], []
     for layer, held in zip(weights["layers"], layers, strict=True):
-        hidden, own = _attended(blocks, layer, hidden, turns, rows, held)
+        hidden, own = _attended(blocks, layer, hidden, turns, rows.column, held)
         hidden = _fed_forward(blocks, layer, hidden)
         after.append([own, *held[1:]])
     return _times(mx.fast.rms_norm(hidden, weights["norm"], blocks.eps), weights["head"]), after
 
 
+def blank(blocks: Blocks, rows: int, columns: int) -> mx.array:
+    """A stretch (2H, rows, columns, D + 1) of hidden columns."""
+    return stretch(mx.zeros((2 * blocks.kv_heads, rows, columns, blocks.size)), mx.zeros((rows, columns), mx.bool_))
+
+
+def stretch(held: mx.array, shown: mx.array) -> mx.array:
+    """Keys, then values (2H, B, C, D), and where they are shown (B, C), as (2H, B, C, D + 1).
+
+    So the products mask and sum: a key's last number, times the 1 that ends each query, hides its column or
+    doesn't; a value's last number is 1, of which its weights make their sum.
+    """
+    ends = mx.stack([mx.where(shown, 0.0, HIDDEN), mx.ones(shown.shape)])
+    ends = mx.repeat(ends[..., None], held.shape[0] // 2, axis=0)
+    return mx.concatenate([held, ends], axis=-1)
+
+
 def _attended(
-    blocks: Blocks, layer: Tree, hidden: mx.array, turns: tuple[mx.array, mx.array], rows: Rows, held: list[mx.array]
+    blocks: Blocks,
+    layer: Tree,
+    hidden: mx.array,
+    turns: tuple[mx.array, mx.array, mx.array],
+    column: mx.array,
+    held: list[mx.array],
 ) -> tuple[mx.array, mx.array]:
-    """The hidden states (B, hidden) with attention added, and the rows' buffer with a column more."""
+    """The hidden states (B, hidden) with attention added, and the rows' own stretch with a column more."""
     count, heads = hidden.shape[0], blocks.kv_heads
-    qkv = _times(mx.fast.rms_norm(hidden, layer["input_norm"], blocks.eps), layer["qkv"])
-    turned = _turned(blocks, qkv.reshape(count, blocks.all_heads, blocks.size), layer, turns)
-    queries = turned[: blocks.heads].reshape(heads, -1, count, blocks.size).swapaxes(1, 2)
-    own = mx.slice_update(held[0], turned[blocks.heads :, :, None], rows.column, axes=(2,))
-    stretches = [Stretch(own[:heads], own[heads:], rows.shown)]
-    if rows.prompts is not None:
-        stretches.append(Stretch(held[1], held[2], rows.prompts))
-    out = attend(queries, stretches).swapaxes(0, 1).reshape(count, -1)
+    turned = _turned(blocks, _normed(blocks, hidden), layer, turns)
+    queries = turned[: blocks.heads].reshape(heads, -1, count, blocks.size + 1).swapaxes(1, 2)
+    own = mx.slice_update(held[0], turned[blocks.heads :, :, None], column, axes=(2,))
+    out = attend(queries, [own, *held[1:]]).swapaxes(0, 1)
+    out = (out[..., :-1] / out[..., -1:]).reshape(count, -1)
     return _times(out, layer["out"], hidden), own
 
 
-def attend(queries: mx.array, stretches: Sequence[Stretch]) -> mx.array:
-    """Attention (H, B, R, D) of scaled queries (H, B, R, D) under one softmax over all stretches."""
-    ends, size = (*queries.shape[:3], 1), queries.shape[-1]
+def attend(queries: mx.array, stretches: Sequence[mx.array]) -> mx.array:
+    """What scaled queries (H, B, R, D + 1) sum of the values, and of their weights, under one softmax.
+
+    A stretch (2H, P, C, D + 1) serves B / P rows that stand beside each other.
+    """
+    ends, heads = (*queries.shape[:3], 1), queries.shape[0]
     scores = []
     for part in stretches:
-        together = queries.reshape(*part.keys.shape[:2], -1, size)
-        scores.append(mx.where(part.shown[None, :, None], together @ part.keys.swapaxes(-1, -2), -mx.inf))
+        together = queries.reshape(heads, part.shape[1], -1, queries.shape[-1])
+        scores.append(together @ part[:heads].swapaxes(-1, -2))
     top = reduce(mx.maximum, [score.max(axis=-1, keepdims=True).reshape(ends) for score in scores])
     weights = [exp(score, top.reshape(*score.shape[:3], 1)) for score in scores]
-    masses = [weight.sum(axis=-1, keepdims=True).reshape(ends) for weight in weights]
-    outs = [(weight @ part.values).reshape(queries.shape) for weight, part in zip(weights, stretches, strict=True)]
-    return reduce(mx.add, outs) / reduce(mx.add, masses)
+    pairs = zip(weights, stretches, strict=True)
+    return reduce(mx.add, [(weight @ part[heads:]).reshape(queries.shape) for weight, part in pairs])
 
 
 def _fed_forward(blocks: Blocks, layer: Tree, hidden: mx.array) -> mx.array:
-    x = mx.fast.rms_norm(hidden, layer["mlp_norm"], blocks.eps)
-    return _times(silu(_times(x, layer["gate"])) * _times(x, layer["up"]), layer["down"], hidden)
+    x = _normed(blocks, hidden)
+    return _times(swiglu(_times(x, layer["gate"]), _times(x, layer["up"])), layer["down"], hidden)
+
+
+def _normed(blocks: Blocks, hidden: mx.array) -> mx.array:
+    """RMSNorm of (B, hidden) but for its weights, which are in the matrices."""
+    if hidden.size < SHORT:
+        return mx.fast.rms_norm(hidden, None, blocks.eps)
+    # Fused into the product, the root would be taken for each number; another axis keeps it apart.
+    return hidden * mx.rsqrt(mx.square(hidden).sum(axis=-1) / hidden.shape[-1] + blocks.eps)[:, None]
 
 
 def _times(x: mx.array, linear: dict[str, mx.array], added: mx.array | None = None) -> mx.array:
@@ -96,44 +115,50 @@ def _times(x: mx.array, linear: dict[str, mx.array], added: mx.array | None = No
     return out + linear["bias"] if "bias" in linear else out
 
 
-def _turned(blocks: Blocks, x: mx.array, layer: Tree, turns: tuple[mx.array, mx.array]) -> mx.array:
-    """Queries, keys and values (B, heads, D) as (heads, B, D): rotated, queries scaled too, values as they were."""
+def _turned(blocks: Blocks, x: mx.array, layer: Tree, turns: tuple[mx.array, mx.array, mx.array]) -> mx.array:
+    """Queries, keys and values (heads, B, D + 1): normed, rotated, queries scaled too, values as they were."""
+    x = _times(x, layer["qkv"])
     if blocks.normed:
-        known = mx.arange(blocks.all_heads)[:, None] < blocks.heads + blocks.kv_heads
-        spread = mx.rsqrt(mx.square(x).mean(axis=-1, keepdims=True) + blocks.eps)
+        known = mx.arange(blocks.all_heads)[:, None, None] < blocks.heads + blocks.kv_heads
+        spread = mx.rsqrt(mx.square(x).sum(axis=-1, keepdims=True) / blocks.size + blocks.eps)
         x = x * mx.where(known, spread, 1.0) * layer["head_norms"]
-    partners = (x.reshape(-1, blocks.size) @ _partner(blocks)).reshape(x.shape)
-    return x.swapaxes(0, 1) * turns[0] + partners.swapaxes(0, 1) * turns[1]
+    plain, across, ends = turns
+    return x * plain + (x.flatten(0, 1) @ _partner(blocks)).reshape(x.shape) * across + ends
 
 
-def _turns(blocks: Blocks, positions: mx.array) -> tuple[mx.array, mx.array]:
-    """What each number (heads, B, D) and its partner are multiplied with at these positions (B,)."""
+def _turns(blocks: Blocks, positions: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """What each number (heads, B, D + 1) and its partner are multiplied with at these positions (B,), and what it ends.
+
+    All three are whole: g++ makes vectors of a loop only where nothing in it is broadcast.
+    """
     angles = (positions * blocks.stretch)[:, None] * _frequencies(blocks)
     counts = (blocks.heads, blocks.kv_heads, blocks.kv_heads)
-    gain, plain = (
+    gain, plain, last = (
         mx.array(np.repeat(np.array(values, np.float32), counts)[:, None, None])
-        for values in ((blocks.scale, 1, 0), (0, 0, 1))
+        for values in ((blocks.scale, 1, 0), (0, 0, 1), (1, 0, 1))
     )
-    return mx.cos(angles) * gain + plain, mx.sin(angles) * gain
+    cosines, sines = mx.cos(angles)[None] * gain + plain, mx.sin(angles)[None] * gain
+    ends = mx.where(mx.arange(blocks.size + 1) == blocks.size, last, 0.0)
+    return cosines, sines, mx.contiguous(mx.broadcast_to(ends, cosines.shape))
 
 
 @cache
 def _frequencies(blocks: Blocks) -> mx.array:
-    """(D,) radians a position, as `mx.fast.rope` computes them; 0 where nothing is rotated."""
+    """(D + 1,) radians a position, as `mx.fast.rope` computes them; 0 where nothing is rotated."""
     half = blocks.dims // 2
     rates = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(blocks.base) / half))
     pairs = mx.repeat(rates, 2) if blocks.traditional else mx.concatenate([rates, rates])
-    made = mx.pad(pairs, (0, blocks.size - blocks.dims))
+    made = mx.pad(pairs, (0, blocks.size + 1 - blocks.dims))
     mx.eval(made)
     return made
 
 
 @cache
 def _partner(blocks: Blocks) -> mx.array:
-    """(D, D): x @ it is, in each place of a rotated pair, the other number with the sign of its sine."""
+    """(D + 1, D + 1): x @ it is, in each place of a rotated pair, the other number with the sign of its sine."""
     first = np.arange(0, blocks.dims, 2) if blocks.traditional else np.arange(blocks.dims // 2)
     second = first + (1 if blocks.traditional else blocks.dims // 2)
-    signs = np.zeros((blocks.size, blocks.size), np.float32)
+    signs = np.zeros((blocks.size + 1, blocks.size + 1), np.float32)
     signs[second, first], signs[first, second] = -1, 1
     made = mx.array(signs)
     mx.eval(made)

@@ -17,12 +17,12 @@ from mlx_ops import lean_weights
 from mlx_ops.backend import prepare
 from mlx_ops.batching import Tree
 from mlx_ops.held import Held, prefill
-from mlx_ops.lean_blocks import Rows, logits
+from mlx_ops.lean_blocks import HIDDEN, Rows, blank, logits, stretch
 from mlx_ops.lean_weights import Blocks, numbers, read
 from mlx_ops.microbatches import bucketed
 from mlx_ops.sampling import Sampler
 
-COLUMNS = 64
+COLUMNS = 32
 """Buffers are multiples of so many columns: each growth is another trace, each column too many costs its softmax."""
 SHARING = 4 << 20
 """Bytes of prompts a step, read again for each row, that cost what attending to prompts apart costs: 0.3 ms."""
@@ -49,37 +49,43 @@ class LeanRows(Held):
         mx.eval(self._weights)
         held = prefill(model, prompts)
         columns, counts = held[0].index, [len(list(rows)) for _, rows in groupby(index)]
-        self._used, room = 0, bucketed(min(left, COLUMNS), COLUMNS)
-        shape = (2 * self._blocks.kv_heads, len(index), room, self._blocks.size)
-        wide = [(0, 0), (0, 0), (0, bucketed(columns, COLUMNS) - columns), (0, 0)]
-        kept = [[mx.pad(array.swapaxes(0, 1), wide) for array in cache.state] for cache in held]
-        self._layers = [[mx.zeros(shape), *prompt] for prompt in kept]
-        padding = mx.array(held[0].padding)[:, None]
-        place = mx.arange(bucketed(columns, COLUMNS))[None]
-        self._prompts: mx.array | None = (place >= padding) & (place < columns) if columns else None
-        self._shown = mx.ones((len(index), room), mx.bool_)
+        self._used, own = 0, blank(self._blocks, len(index), bucketed(min(left, COLUMNS), COLUMNS))
+        self._layers = [[own] for _ in held]
         self._positions = columns - mx.array(held[0].padding)[mx.array(list(index))]
         self._group = counts[0]
-        if columns and not self._shares(len(index), self._group if len(set(counts)) == 1 else 1):
-            self._merge(mx.array(list(index)))
+        if columns:
+            after = blank(self._blocks, len(prompts), bucketed(columns, COLUMNS) - columns)
+            shown = mx.arange(columns)[None] >= mx.array(held[0].padding)[:, None]
+            for layer, cache in zip(self._layers, held, strict=True):
+                both = mx.concatenate([array.swapaxes(0, 1) for array in cache.state])
+                layer.append(mx.concatenate([stretch(both, shown), after], axis=2))
+            if not self._shares(len(index), self._group if len(set(counts)) == 1 else 1):
+                self._merge(mx.array(list(index)))
 
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for layer in self._layers for array in layer)
 
+    @property
+    def _rows(self) -> int:
+        return self._layers[0][0].shape[1]
+
+    @property
+    def _prompts(self) -> mx.array | None:
+        """A layer's prompts where they are held apart."""
+        return self._layers[0][1] if len(self._layers[0]) > 1 else None
+
     def step(self, sampler: Sampler, tokens: mx.array, u: mx.array) -> tuple[mx.array, mx.array]:
-        if self._used == self._shown.shape[1]:
-            self._grow()
-        take = _compiled(self._blocks, sampler)
-        where = [self._positions, mx.array([self._used]), self._shown]
-        where += [] if self._prompts is None else [self._prompts]
+        if self._used == self._layers[0][0].shape[2]:
+            self._extend(0, COLUMNS)
+        take, where = _compiled(self._blocks, sampler), [self._positions, mx.array([self._used])]
         tokens, logprobs, self._positions, self._layers = take(self._weights, tokens, u, where, self._layers)
         self._used += 1
         return tokens, logprobs
 
     def fit(self, alive: Sequence[int]) -> list[int]:
         """The live rows and as many ended ones as make it a shape that is met again."""
-        held = self._shown.shape[0]
+        held = self._rows
         kept = self._in_groups(alive) if self._prompts is not None else None
         if kept is None:
             ended = sorted(set(range(held)) - set(alive))
@@ -94,11 +100,10 @@ class LeanRows(Held):
             width = next((w for w in _halves(group) if all(count % w == 0 for count in counts)), 1)
             if self._shares(len(alive), width):
                 self._group, prompts = width, mx.array([slot // group for slot in alive[::width]])
-                self._prompts = self._prompts[prompts]
                 self._layers = [[own, *(part[:, prompts] for part in rest)] for own, *rest in self._layers]
             else:
-                self._merge(mx.arange(self._shown.shape[0]) // group)
-        self._positions, self._shown = self._positions[rows], self._shown[rows]
+                self._merge(mx.arange(self._rows) // group)
+        self._positions = self._positions[rows]
         self._layers = [[own[:, rows], *rest] for own, *rest in self._layers]
         self._drop()
 
@@ -106,12 +111,11 @@ class LeanRows(Held):
         more = LeanRows(self._model, prompts, index, left, (self._blocks, self._weights))
         for held in (self, more):
             if held._prompts is not None:
-                held._merge(mx.arange(held._shown.shape[0]) // held._group)
+                held._merge(mx.arange(held._rows) // held._group)
         used = max(self._used, more._used)
         for held in (self, more):
-            held._shift(used - held._used, bucketed(used + 1, COLUMNS))
+            held._extend(used - held._used, bucketed(used + 1, COLUMNS) - used)
         self._positions = mx.concatenate([self._positions, more._positions])
-        self._shown = mx.concatenate([self._shown, more._shown])
         pairs = zip(self._layers, more._layers, strict=True)
         self._layers = [[mx.concatenate([one[0], other[0]], axis=1)] for one, other in pairs]
 
@@ -119,7 +123,7 @@ class LeanRows(Held):
         """Whether so many rows hold each prompt once for `group` of them."""
         assert self._prompts is not None
         column = 8 * self._blocks.kv_heads * self._blocks.size * len(self._layers)
-        return (rows - rows // group) * self._prompts.shape[1] * column >= SHARING
+        return (rows - rows // group) * self._prompts.shape[2] * column >= SHARING
 
     def _in_groups(self, alive: Sequence[int]) -> list[int] | None:
         """Live and ended rows, even in number for each prompt; None where prompts don't stay apart."""
@@ -136,34 +140,23 @@ class LeanRows(Held):
 
     def _merge(self, index: mx.array) -> None:
         """Put prompts `index[b]` before the own columns of each row b."""
-        assert self._prompts is not None
-        self._layers = [
-            [mx.concatenate([mx.concatenate(prompt)[:, index], own], axis=2)] for own, *prompt in self._layers
-        ]
-        self._shown = mx.concatenate([self._prompts[index], self._shown], axis=1)
-        self._used += self._prompts.shape[1]
-        self._prompts, self._group = None, 1
+        columns = self._layers[0][1].shape[2]
+        self._layers = [[mx.concatenate([prompts[:, index], own], axis=2)] for own, prompts in self._layers]
+        self._used, self._group = self._used + columns, 1
 
-    def _shift(self, by: int, columns: int) -> None:
-        """The rows `by` columns further right, in buffers of so many."""
-        kept, used = columns - by, self._used
-        self._shown = mx.pad(self._shown[:, :used], [(0, 0), (by, 0)])
-        self._shown = mx.pad(self._shown, [(0, 0), (0, kept - used)], constant_values=True)
-        wide = [(0, 0), (0, 0), (by, kept - used), (0, 0)]
-        self._layers = [[mx.pad(own[:, :, :used], wide)] for (own,) in self._layers]
-        self._used += by
+    def _extend(self, before: int, after: int) -> None:
+        """So many hidden columns before and behind those in use."""
+        left, right = (blank(self._blocks, self._rows, columns) for columns in (before, after))
+        used, self._used = self._used, self._used + before
+        self._layers = [[mx.concatenate([left, own[:, :, :used], right], axis=2), *rest] for own, *rest in self._layers]
 
     def _drop(self) -> None:
         """Leave out the columns before those of any row: where rows come and go, they would add up."""
-        first = int(np.array(self._shown.any(axis=0)).argmax()) // COLUMNS * COLUMNS
+        shown = (self._layers[0][0][0, :, :, -1] != HIDDEN).any(axis=0)
+        first = int(np.array(shown).argmax()) // COLUMNS * COLUMNS
         if first:
-            self._shown, self._used = self._shown[:, first:], self._used - first
+            self._used -= first
             self._layers = [[own[:, :, first:], *rest] for own, *rest in self._layers]
-
-    def _grow(self) -> None:
-        self._shown = mx.pad(self._shown, [(0, 0), (0, COLUMNS)], constant_values=True)
-        wide = [(0, 0), (0, 0), (0, COLUMNS), (0, 0)]
-        self._layers = [[mx.pad(own, wide), *rest] for own, *rest in self._layers]
 
 
 def refusal(model: Any) -> str | None:
@@ -186,9 +179,9 @@ _DIFFERENCES: dict[tuple[type, Blocks], float] = {}
 def _difference(model: Any, blocks: Blocks, weights: Tree) -> float:
     """The largest difference of a logit from the model's own over a few tokens, as a share of the largest logit."""
     tokens, found = mx.array([1, 2, 3]), []
-    layers = [[mx.zeros((2 * blocks.kv_heads, 1, 3, blocks.size))] for _ in weights["layers"]]
+    layers = [[blank(blocks, 1, 3)] for _ in weights["layers"]]
     for place in range(3):
-        rows = Rows(mx.array([place]), mx.array([place]), mx.arange(3)[None] <= place, None)
+        rows = Rows(mx.array([place]), mx.array([place]))
         out, layers = logits(blocks, weights, tokens[place : place + 1], rows, layers)
         found.append(out)
     expected = model(tokens[None])[0]
@@ -198,11 +191,8 @@ def _difference(model: Any, blocks: Blocks, weights: Tree) -> float:
 @cache
 def _compiled(blocks: Blocks, sampler: Sampler) -> Callable[..., Any]:
     def step(weights: Tree, tokens: mx.array, u: mx.array, where: list[mx.array], layers: list[list[mx.array]]) -> Any:
-        positions, column, shown, *prompts = where
-        shown = shown & (mx.arange(shown.shape[1]) <= column)
-        rows = Rows(positions, column, shown, prompts[0] if prompts else None)
-        out, layers = logits(blocks, weights, tokens, rows, layers)
-        return *sampler(out, u), positions + 1, layers
+        out, layers = logits(blocks, weights, tokens, Rows(*where), layers)
+        return *sampler(out, u), where[0] + 1, layers
 
     return mx.compile(step)
 

@@ -155,23 +155,29 @@ def _numbers(layer: Any) -> Blocks:
 
 
 def _layer(layer: Any, blocks: Blocks) -> Tree:
-    """A layer's weights; matrices stand as they are multiplied with."""
+    """A layer's weights; matrices stand as they are multiplied with, those of norms in them."""
     attention, mlp = layer["self_attn"], layer["mlp"]
-    parts = [_linear(attention[name]) for name in PROJECTIONS[:3]]
-    weights = {
-        "input_norm": layer["input_layernorm"]["weight"],
-        "mlp_norm": layer["post_attention_layernorm"]["weight"],
-        "qkv": {name: mx.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]},
+    before, between = (layer[name]["weight"][:, None] for name in ("input_layernorm", "post_attention_layernorm"))
+    parts = [_linear(attention[name], before) for name in PROJECTIONS[:3]]
+    weights: dict[str, Any] = {
+        "qkv": {name: mx.concatenate([_by_head(part[name], blocks) for part in parts]) for name in parts[0]},
         "out": _linear(attention["o_proj"]),
-        "gate": _linear(mlp["gate_proj"]),
-        "up": _linear(mlp["up_proj"]),
+        "gate": _linear(mlp["gate_proj"], between),
+        "up": _linear(mlp["up_proj"], between),
         "down": _linear(mlp["down_proj"]),
     }
     if blocks.normed:
         counts = (blocks.heads, blocks.kv_heads)
         norms = [mx.repeat(attention[n]["weight"][None], c, axis=0) for n, c in zip(HEAD_NORMS, counts, strict=True)]
-        weights["head_norms"] = mx.concatenate([*norms, mx.ones((blocks.kv_heads, blocks.size))])
+        each = mx.concatenate([*norms, mx.ones((blocks.kv_heads, blocks.size))])
+        weights["head_norms"] = mx.pad(each, [(0, 0), (0, 1)])[:, None]
     return weights
+
+
+def _by_head(array: mx.array, blocks: Blocks) -> mx.array:
+    """Heads of D numbers beside each other, (heads D,) or (in, heads D), as (heads, 1 or in, D + 1), with a 0 more."""
+    heads = array.reshape(-1, array.shape[-1] // blocks.size, blocks.size).swapaxes(0, 1)
+    return mx.contiguous(mx.pad(heads, [(0, 0), (0, 0), (0, 1)]))
 
 
 def _base(module: Any) -> Any:
@@ -179,11 +185,11 @@ def _base(module: Any) -> Any:
     return module["linear"] if type(module) in ADAPTERS else module
 
 
-def _linear(module: Any) -> dict[str, mx.array]:
-    """A linear layer's matrix (in, out) and its bias, with its adapter in the matrix.
+def _linear(module: Any, norm: mx.array | float = 1.0) -> dict[str, mx.array]:
+    """A linear layer's matrix (in, out) and its bias, with its adapter, and a norm's weights (in, 1), in the matrix.
 
     The matrix is laid out anew: with 4 to 32 rows a BLAS multiplies it 1.3 to 2 times as fast as one that lies across.
     """
     plain = module.fuse() if type(module) in ADAPTERS else module
     bias = {"bias": plain["bias"]} if "bias" in plain else {}
-    return {"weight": mx.contiguous(plain["weight"].T), **bias}
+    return {"weight": mx.contiguous(plain["weight"].T * norm), **bias}

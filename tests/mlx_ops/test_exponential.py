@@ -2,7 +2,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_ops.exponential import SHORT, exp, softmax
+from mlx_ops.exponential import SHORT, exp, softmax, swiglu
 
 GRID = np.concatenate([np.linspace(-87.3, 0, 100_001), -np.logspace(-9, 0, 1000)]).astype(np.float32)
 
@@ -16,6 +16,15 @@ def test_exp_is_right_to_float32s_own_rounding():
 def test_what_is_masked_has_no_weight_at_all_and_the_top_has_1(size):
     x = mx.array(np.resize(np.array([-np.inf, 0.0, -1e30, -200.0], dtype=np.float32), size))
     assert np.array(exp(x, mx.array(0.0)))[:4].tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("size", [4, 2 * SHORT])
+def test_swiglu_is_right_for_gates_of_any_size(size):
+    gate = np.resize(np.array([0, -1e-6, 3e4, 1e30, *np.linspace(-87, 87, 997)], np.float32), size)
+    up = np.resize(np.linspace(-3, 3, 37).astype(np.float32), size)
+    expected = gate.astype(np.float64) / (1 + np.exp(-gate.astype(np.float64))) * up
+    np.testing.assert_allclose(swiglu(mx.array(gate), mx.array(up)), expected, rtol=1e-6)
+    assert np.abs(np.array(swiglu(mx.full(size, -1e5), mx.array(up)))).max() < 1e-30
 
 
 @pytest.mark.parametrize("rows", [1, 400])

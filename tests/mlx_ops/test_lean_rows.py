@@ -13,7 +13,7 @@ from mlx_ops import lean_rows
 from mlx_ops.backend import prepare
 from mlx_ops.generation import generate
 from mlx_ops.holding import Kind, hold
-from mlx_ops.lean_blocks import Rows, Stretch, attend, logits
+from mlx_ops.lean_blocks import Rows, attend, blank, logits, stretch
 from mlx_ops.lean_rows import COLUMNS, LeanRows, refusal
 from mlx_ops.lean_weights import read
 from mlx_ops.model import add_adapter
@@ -86,9 +86,9 @@ def test_the_blocks_compute_what_the_model_computes_far_from_the_start_too(model
         hidden = layer(hidden, mask, held)
     hidden = model.model.norm(hidden)
     expected = (model.lm_head(hidden) if "lm_head" in model else model.model.embed_tokens.as_linear(hidden))[0]
-    layers = [[mx.zeros((2 * blocks.kv_heads, 1, 8, blocks.size))] for _ in weights["layers"]]
+    layers = [[blank(blocks, 1, 8)] for _ in weights["layers"]]
     for place in range(6):
-        rows = Rows(mx.array([first + place]), mx.array([place]), mx.arange(8)[None] <= place, None)
+        rows = Rows(mx.array([first + place]), mx.array([place]))
         found, layers = logits(blocks, weights, tokens[place : place + 1], rows, layers)
         np.testing.assert_allclose(found[0], expected[place], atol=2e-4 * float(mx.abs(expected).max()))
 
@@ -99,11 +99,13 @@ def test_attention_over_prompts_apart_is_attention_over_all_columns():
     queries = mx.array(source.normal(size=(heads, rows, repeats, size)))
     held = mx.array(source.normal(size=(2, heads, prompts, 5, size)))
     own = mx.array(source.normal(size=(2, heads, rows, 7, size)))
-    shown = [mx.array(source.random(shape)) < 0.6 for shape in ((prompts, 5), (rows, 7))]
-    found = attend(queries, [Stretch(own[0], own[1], shown[1]), Stretch(held[0], held[1], shown[0])])
+    shown = [mx.array(source.random(shape)) < 0.6 for shape in ((rows, 7), (prompts, 5))]
+    parts = [stretch(part.flatten(0, 1), there) for part, there in zip((own, held), shown, strict=True)]
+    sums = attend(mx.concatenate([queries, mx.ones((*queries.shape[:3], 1))], axis=-1), parts)
+    found = sums[..., :-1] / sums[..., -1:]
     keys, values = mx.concatenate([mx.repeat(held, 2, axis=2), own], axis=3)
     scores = np.array(queries @ keys.swapaxes(-1, -2), dtype=np.float64)
-    weights = np.exp(scores) * np.concatenate([np.repeat(np.array(shown[0]), 2, axis=0), shown[1]], axis=1)[:, None]
+    weights = np.exp(scores) * np.concatenate([np.repeat(np.array(shown[1]), 2, axis=0), shown[0]], axis=1)[:, None]
     expected = weights / weights.sum(axis=-1, keepdims=True) @ np.array(values, dtype=np.float64)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
