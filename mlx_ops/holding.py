@@ -1,16 +1,19 @@
 """How the rollout engine holds keys and values: which caches serve a model, made by one prefill a prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_ops import fused_blocks
 from mlx_ops.backend import prepare
 from mlx_ops.fused_decode import compiled_step, serves
 from mlx_ops.held import PREFILL_COLUMNS, Held, prefill
 from mlx_ops.lean_rows import LeanRows
 from mlx_ops.lean_rows import refusal as lean_refusal
+from mlx_ops.lean_weights import for_a_gpu, read
 from mlx_ops.paged_cache import paged_cache
 from mlx_ops.row_cache import GROWTH, RowCache, head_shapes, placed, refusal, takes_row_masks
 from mlx_ops.sampling import Sampler
@@ -141,9 +144,18 @@ class FusedRows(Held):
         self._lay_out()
 
     def step(self, sampler: Sampler, tokens: mx.array, u: mx.array) -> tuple[mx.array, mx.array]:
-        self._step = self._step or compiled_step(self._model, sampler)
-        tokens, logprobs, self._written = self._step(tokens, u, [*self._where, self._written], self._layers)
+        take, where = self._take(sampler), [*self._where, self._written]
+        tokens, logprobs, self._written = take(tokens, u, where, self._layers)
         return tokens, logprobs
+
+    def _take(self, sampler: Sampler) -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
+        """The step, in few kernels where the model's blocks are the usual ones."""
+        if self._step is None and fused_blocks.refusal(self._model) is None:
+            blocks, weights = read(self._model, for_a_gpu)
+            mx.eval(weights)
+            self._step = partial(fused_blocks.compiled_blocks(blocks, sampler), weights)
+        self._step = self._step or compiled_step(self._model, sampler)
+        return self._step
 
     def fit(self, alive: Sequence[int]) -> list[int]:
         """All of them, until half have ended: another number of rows is another trace."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_ops.batching import Tree
 from mlx_ops.exponential import SHORT, exp, swiglu
-from mlx_ops.lean_weights import Blocks
+from mlx_ops.lean_weights import Blocks, times
 
 HIDDEN = -1e30
 """What a column that nobody may attend to adds to its scores."""
@@ -41,7 +41,7 @@ def logits(blocks: Blocks, weights: Tree, tokens: mx.array, rows: Rows, layers: 
         hidden, own = _attended(blocks, layer, hidden, turns, rows.column, held)
         hidden = _fed_forward(blocks, layer, hidden)
         after.append([own, *held[1:]])
-    return _times(mx.fast.rms_norm(hidden, weights["norm"], blocks.eps), weights["head"]), after
+    return times(mx.fast.rms_norm(hidden, weights["norm"], blocks.eps), weights["head"]), after
 
 
 def blank(blocks: Blocks, rows: int, columns: int) -> mx.array:
@@ -75,7 +75,7 @@ def _attended(
     own = mx.slice_update(held[0], turned[blocks.heads :, :, None], column, axes=(2,))
     out = attend(queries, [own, *held[1:]]).swapaxes(0, 1)
     out = (out[..., :-1] / out[..., -1:]).reshape(count, -1)
-    return _times(out, layer["out"], hidden), own
+    return times(out, layer["out"], hidden), own
 
 
 def attend(queries: mx.array, stretches: Sequence[mx.array]) -> mx.array:
@@ -96,7 +96,7 @@ def attend(queries: mx.array, stretches: Sequence[mx.array]) -> mx.array:
 
 def _fed_forward(blocks: Blocks, layer: Tree, hidden: mx.array) -> mx.array:
     x = _normed(blocks, hidden)
-    return _times(swiglu(_times(x, layer["gate"]), _times(x, layer["up"])), layer["down"], hidden)
+    return times(swiglu(times(x, layer["gate"]), times(x, layer["up"])), layer["down"], hidden)
 
 
 def _normed(blocks: Blocks, hidden: mx.array) -> mx.array:
@@ -107,17 +107,9 @@ def _normed(blocks: Blocks, hidden: mx.array) -> mx.array:
     return hidden * mx.rsqrt(mx.square(hidden).sum(axis=-1) / hidden.shape[-1] + blocks.eps)[:, None]
 
 
-def _times(x: mx.array, linear: dict[str, mx.array], added: mx.array | None = None) -> mx.array:
-    """x (B, in) through a linear layer, on top of what is `added` (B, out)."""
-    if added is None:
-        return mx.addmm(linear["bias"], x, linear["weight"]) if "bias" in linear else x @ linear["weight"]
-    out = mx.addmm(added, x, linear["weight"])
-    return out + linear["bias"] if "bias" in linear else out
-
-
 def _turned(blocks: Blocks, x: mx.array, layer: Tree, turns: tuple[mx.array, mx.array, mx.array]) -> mx.array:
     """Queries, keys and values (heads, B, D + 1): normed, rotated, queries scaled too, values as they were."""
-    x = _times(x, layer["qkv"])
+    x = times(x, layer["qkv"])
     if blocks.normed:
         known = mx.arange(blocks.all_heads)[:, None, None] < blocks.heads + blocks.kv_heads
         spread = mx.rsqrt(mx.square(x).sum(axis=-1, keepdims=True) / blocks.size + blocks.eps)

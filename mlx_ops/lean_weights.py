@@ -1,11 +1,11 @@
-"""The weights of a usual decoder as one tree, adapters added in: what `lean_blocks` computes with.
+"""The weights of a usual decoder as one tree, adapters added in: what `lean_blocks` and `fused_blocks` compute with.
 
 `read` takes a model of mlx-lm apart by the names and types of its parts. Those don't say all that it computes, so
-`lean_rows.refusal` compares a few tokens. Left out: quantised weights, mixtures of experts, windows, rotations with
-frequencies of their own.
+`unlike` compares a few tokens. Left out: quantised weights, mixtures of experts, windows, rotations with frequencies of
+their own.
 """
 
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -25,6 +25,13 @@ MEMORY_SHARE = 0.25
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 HEAD_NORMS = ("q_norm", "k_norm")
 ADAPTERS = (LoRALinear, DoRALinear)
+CLOSE = 1e-3
+"""How far logits may be from the model's, as a share of their root mean square: roundings give 1e-6, another activation
+1e-1."""
+CLOSE_IN_HALVES = 5e-2
+"""The same where weights are half precision, whose roundings give 1e-2."""
+TOKENS = (1, 2, 3)
+"""What models are compared over."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +61,37 @@ def refusal(model: Any) -> str | None:
     return next(_complaints(model), None)
 
 
-def read(model: Any) -> tuple[Blocks, Tree]:
+def read(model: Any, lay_out: "LayOut") -> tuple[Blocks, Tree]:
     """The numbers and weights, not yet evaluated, of a model that isn't refused."""
     trunk = model["model"]
     blocks, embedding = numbers(model), trunk["embed_tokens"]["weight"]
     head = _linear(model["lm_head"]) if "lm_head" in model else {"weight": embedding.T}
-    layers = [_layer(layer, blocks) for layer in trunk["layers"]]
+    layers = [lay_out(layer, blocks) for layer in trunk["layers"]]
     return blocks, {"embedding": embedding, "norm": trunk["norm"]["weight"], "head": head, "layers": layers}
+
+
+def unlike(model: Any, compute: Callable[[Any, mx.array], mx.array]) -> str | None:
+    """How what is computed differs from the model, or None; `compute` gives the logits (T, V) behind tokens (T,).
+
+    Each kind of model is compared once a process.
+    """
+    kind = (frozenset(map(type, model.modules())), numbers(model), weight_type(model), compute)
+    if kind not in _DIFFERENCES:
+        tokens = mx.array(TOKENS)
+        expected = model(tokens[None])[0].astype(mx.float32)
+        apart = compute(model, tokens).astype(mx.float32) - expected
+        _DIFFERENCES[kind] = float(mx.sqrt(mx.square(apart).mean() / mx.square(expected).mean()))
+    far, whole = _DIFFERENCES[kind], weight_type(model) == mx.float32
+    name = type(model).__module__
+    return None if far < (CLOSE if whole else CLOSE_IN_HALVES) else f"{name} computes something else: {far:.1e} apart"
+
+
+_DIFFERENCES: dict[tuple[Any, ...], float] = {}
+
+
+def weight_type(model: Any) -> mx.Dtype:
+    """The number format of a model that isn't refused."""
+    return model["model"]["embed_tokens"]["weight"].dtype
 
 
 def numbers(model: Any) -> Blocks:
@@ -74,8 +105,6 @@ def _complaints(model: Any) -> Iterator[str]:
     trunk = model["model"]
     yield from _odd_parts(trunk, {"embed_tokens", "layers", "norm"})
     yield from _odd_kind(trunk["embed_tokens"], nn.Embedding)
-    if (dtype := trunk["embed_tokens"]["weight"].dtype) != mx.float32:
-        yield f"its weights are {dtype}"
     if "lm_head" in model:
         yield from _odd_linear(model["lm_head"])
     for layer in trunk["layers"]:
@@ -98,8 +127,9 @@ def _odd_layer(layer: Any) -> Iterator[str]:
     yield from _odd_parts(mlp, {"gate_proj", "up_proj", "down_proj"})
     for module in (*(attention[name] for name in PROJECTIONS), *mlp.children().values()):
         yield from _odd_linear(module)
-    if len({"bias" in _base(attention[name]) for name in PROJECTIONS[:3]}) > 1:
-        yield "some of its queries, keys and values have a bias"
+    for together in ([attention[name] for name in PROJECTIONS[:3]], [mlp["gate_proj"], mlp["up_proj"]]):
+        if len({"bias" in _base(module) for module in together}) > 1:
+            yield "some of its linear layers have a bias, others none"
     if missing := {"rope", "n_heads", "n_kv_heads", "scale"} - set(attention) - set(vars(attention)):
         yield f"its attention has no {', '.join(sorted(missing))}"
     yield from _odd_kind(attention["rope"], nn.RoPE)
@@ -154,24 +184,53 @@ def _numbers(layer: Any) -> Blocks:
     )
 
 
-def _layer(layer: Any, blocks: Blocks) -> Tree:
-    """A layer's weights; matrices stand as they are multiplied with, those of norms in them."""
+LayOut = Callable[[Any, Blocks], Tree]
+"""A layer's weights as they are multiplied with."""
+
+
+def for_a_cpu(layer: Any, blocks: Blocks) -> Tree:
+    """Matrices laid out anew, those of queries, keys and values by head; the weights of norms are in them."""
     attention, mlp = layer["self_attn"], layer["mlp"]
     before, between = (layer[name]["weight"][:, None] for name in ("input_layernorm", "post_attention_layernorm"))
-    parts = [_linear(attention[name], before) for name in PROJECTIONS[:3]]
+    parts = [_laid_out(_linear(attention[name]), before) for name in PROJECTIONS[:3]]
     weights: dict[str, Any] = {
         "qkv": {name: mx.concatenate([_by_head(part[name], blocks) for part in parts]) for name in parts[0]},
-        "out": _linear(attention["o_proj"]),
-        "gate": _linear(mlp["gate_proj"], between),
-        "up": _linear(mlp["up_proj"], between),
-        "down": _linear(mlp["down_proj"]),
+        "out": _laid_out(_linear(attention["o_proj"])),
+        "gate": _laid_out(_linear(mlp["gate_proj"]), between),
+        "up": _laid_out(_linear(mlp["up_proj"]), between),
+        "down": _laid_out(_linear(mlp["down_proj"])),
     }
     if blocks.normed:
-        counts = (blocks.heads, blocks.kv_heads)
-        norms = [mx.repeat(attention[n]["weight"][None], c, axis=0) for n, c in zip(HEAD_NORMS, counts, strict=True)]
-        each = mx.concatenate([*norms, mx.ones((blocks.kv_heads, blocks.size))])
+        each = mx.concatenate([_head_norms(attention, blocks), mx.ones((blocks.kv_heads, blocks.size))])
         weights["head_norms"] = mx.pad(each, [(0, 0), (0, 1)])[:, None]
     return weights
+
+
+def for_a_gpu(layer: Any, blocks: Blocks) -> Tree:
+    """Queries, keys and values in one matrix, gate and up in another; the rest is the model's own."""
+    attention, mlp = layer["self_attn"], layer["mlp"]
+    weights: dict[str, Any] = {
+        "input_norm": layer["input_layernorm"]["weight"],
+        "mlp_norm": layer["post_attention_layernorm"]["weight"],
+        "qkv": _beside([_linear(attention[name]) for name in PROJECTIONS[:3]]),
+        "out": _linear(attention["o_proj"]),
+        "gate_up": _beside([_linear(mlp[name]) for name in ("gate_proj", "up_proj")]),
+        "down": _linear(mlp["down_proj"]),
+    }
+    return weights | ({"head_norms": _head_norms(attention, blocks)} if blocks.normed else {})
+
+
+def _head_norms(attention: Any, blocks: Blocks) -> mx.array:
+    """(heads of queries and keys, D)."""
+    counts = zip(HEAD_NORMS, (blocks.heads, blocks.kv_heads), strict=True)
+    return mx.concatenate([mx.repeat(attention[name]["weight"][None], count, axis=0) for name, count in counts])
+
+
+def _beside(linears: list[dict[str, mx.array]]) -> dict[str, mx.array]:
+    # Joined as they lie in memory, (out, in), and then turned: the product reads them so.
+    made = {"weight": mx.concatenate([linear["weight"].T for linear in linears]).T}
+    bias = {"bias": mx.concatenate([linear["bias"] for linear in linears])} if "bias" in linears[0] else {}
+    return made | bias
 
 
 def _by_head(array: mx.array, blocks: Blocks) -> mx.array:
@@ -185,11 +244,24 @@ def _base(module: Any) -> Any:
     return module["linear"] if type(module) in ADAPTERS else module
 
 
-def _linear(module: Any, norm: mx.array | float = 1.0) -> dict[str, mx.array]:
-    """A linear layer's matrix (in, out) and its bias, with its adapter, and a norm's weights (in, 1), in the matrix.
-
-    The matrix is laid out anew: with 4 to 32 rows a BLAS multiplies it 1.3 to 2 times as fast as one that lies across.
-    """
+def _linear(module: Any) -> dict[str, mx.array]:
+    """A linear layer's matrix (in, out), with its adapter in it, and its bias."""
     plain = module.fuse() if type(module) in ADAPTERS else module
     bias = {"bias": plain["bias"]} if "bias" in plain else {}
-    return {"weight": mx.contiguous(plain["weight"].T * norm), **bias}
+    return {"weight": plain["weight"].T, **bias}
+
+
+def _laid_out(linear: dict[str, mx.array], norm: mx.array | float = 1.0) -> dict[str, mx.array]:
+    """The layer with a norm's weights (in, 1) in its matrix, row by row in memory.
+
+    With 4 to 32 rows a BLAS multiplies such a matrix 1.3 to 2 times as fast as one that lies across.
+    """
+    return linear | {"weight": mx.contiguous(linear["weight"] * norm)}
+
+
+def times(x: mx.array, linear: dict[str, mx.array], added: mx.array | None = None) -> mx.array:
+    """x (B, in) through a linear layer, on top of what is `added` (B, out)."""
+    if added is None:
+        return mx.addmm(linear["bias"], x, linear["weight"]) if "bias" in linear else x @ linear["weight"]
+    out = mx.addmm(added, x, linear["weight"])
+    return out + linear["bias"] if "bias" in linear else out

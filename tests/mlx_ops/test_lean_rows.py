@@ -9,13 +9,13 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 
 from configs.schema import LoraAdapter, SamplingConfig
-from mlx_ops import lean_rows
+from mlx_ops import lean_rows, lean_weights
 from mlx_ops.backend import prepare
 from mlx_ops.generation import generate
 from mlx_ops.holding import Kind, hold
 from mlx_ops.lean_blocks import Rows, attend, blank, logits, stretch
 from mlx_ops.lean_rows import COLUMNS, LeanRows, refusal
-from mlx_ops.lean_weights import read
+from mlx_ops.lean_weights import for_a_cpu, read
 from mlx_ops.model import add_adapter
 from mlx_ops.sampling import make_sampler, uniforms
 from tests.mlx_ops.tiny import leaves, tiny_model
@@ -74,7 +74,7 @@ def far_turned(**rope):
 def test_the_blocks_compute_what_the_model_computes_far_from_the_start_too(model):
     model = model()
     assert refusal(model) is None
-    blocks, weights = read(model)
+    blocks, weights = read(model, for_a_cpu)
     tokens, first = mx.array(tokens_of([6])[0]), 1500
     cache = make_prompt_cache(model)
     for layer in cache:  # as if so many tokens had been read, which nobody may look at
@@ -137,7 +137,7 @@ def test_what_is_not_the_usual_block_is_named():
 
 
 def test_an_activation_that_names_do_not_tell_is_found_by_comparison(monkeypatch):
-    monkeypatch.setattr(lean_rows, "_DIFFERENCES", {})
+    monkeypatch.setattr(lean_weights, "_DIFFERENCES", {})
     model: Any = tiny_model()
     for layer in model.model.layers:
         layer.mlp = Gelu(layer.mlp)
