@@ -1,4 +1,5 @@
 import ctypes
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +94,23 @@ def test_one_thread_inside_the_block_and_as_many_as_before_after_it():
     with backend.one_blas_thread():
         assert threads() == 1
     assert threads() == before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep what is freed")
+def test_memory_that_was_freed_serves_arrays_of_other_sizes_without_new_pages():
+    printed = run_python(
+        "import resource\n"
+        "from mlx_ops.backend import prepare\n"
+        "prepare('cpu')\n"
+        "import mlx.core as mx\n"
+        "def faults(sizes):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for size in sizes:\n"
+        "        mx.eval(mx.ones(size))\n"
+        "        mx.clear_cache()\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "print(faults([12_000_000]), faults(range(1_000_000, 11_000_000, 1_000_003)))"
+    )
+    first, later = map(int, printed.split())
+    assert first > 10_000
+    assert later < first / 10
