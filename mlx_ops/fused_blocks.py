@@ -5,18 +5,17 @@ it is 8: queries, keys and values are one product, gate and up another, residual
 rotation is `append_and_attend`'s.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_ops import lean_weights
 from mlx_ops.batching import Tree
+from mlx_ops.exponential import swiglu
 from mlx_ops.fused_decode import Heads, Places, append_and_attend
-from mlx_ops.lean_weights import Blocks, for_a_gpu, read, times, unlike, weight_type
+from mlx_ops.lean_weights import Blocks, for_a_gpu, rates, read, times, unlike, weight_type
 from mlx_ops.sampling import Sampler
 
 
@@ -37,7 +36,7 @@ def logits(
         hidden = times(append_and_attend(heads, [x], buffers, places, frequencies), layer["out"], hidden)
         x = times(mx.fast.rms_norm(hidden, layer["mlp_norm"], blocks.eps), layer["gate_up"])
         half = x.shape[-1] // 2
-        hidden = times(nn.silu(x[:, :half]) * x[:, half:], layer["down"], hidden)
+        hidden = times(swiglu(x[:, :half], x[:, half:]), layer["down"], hidden)
     return times(mx.fast.rms_norm(hidden, weights["norm"], blocks.eps), weights["head"])
 
 
@@ -65,8 +64,7 @@ def _normed(blocks: Blocks, x: mx.array, norms: mx.array) -> mx.array:
 @cache
 def _frequencies(blocks: Blocks) -> mx.array:
     """(dims / 2,) radians a position."""
-    half = blocks.dims // 2
-    made = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(blocks.base) / half)) * blocks.stretch
+    made = rates(blocks) * blocks.stretch
     mx.eval(made)
     return made
 

@@ -5,7 +5,6 @@ There MLX spends more on handing a small operation to its thread, some 6 µs, th
 and residuals are added in the products. B rows, H key-value heads, R query heads to each, D numbers a head, C columns.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
@@ -16,7 +15,7 @@ import numpy as np
 
 from mlx_ops.batching import Tree
 from mlx_ops.exponential import SHORT, exp, swiglu
-from mlx_ops.lean_weights import Blocks, times
+from mlx_ops.lean_weights import Blocks, rates, times
 
 HIDDEN = -1e30
 """What a column that nobody may attend to adds to its scores."""
@@ -136,10 +135,9 @@ def _turns(blocks: Blocks, positions: mx.array) -> tuple[mx.array, mx.array, mx.
 
 @cache
 def _frequencies(blocks: Blocks) -> mx.array:
-    """(D + 1,) radians a position, as `mx.fast.rope` computes them; 0 where nothing is rotated."""
-    half = blocks.dims // 2
-    rates = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(blocks.base) / half))
-    pairs = mx.repeat(rates, 2) if blocks.traditional else mx.concatenate([rates, rates])
+    """(D + 1,) radians a position; 0 where nothing is rotated."""
+    half = rates(blocks)
+    pairs = mx.repeat(half, 2) if blocks.traditional else mx.concatenate([half, half])
     made = mx.pad(pairs, (0, blocks.size + 1 - blocks.dims))
     mx.eval(made)
     return made

@@ -5,8 +5,10 @@
 their own.
 """
 
+import math
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -56,12 +58,25 @@ class Blocks:
         return self.heads + 2 * self.kv_heads
 
 
+LayOut = Callable[[Any, Blocks], Tree]
+"""A layer's weights as they are multiplied with."""
+
+
+@cache
+def rates(blocks: Blocks) -> mx.array:
+    """(dims / 2,) radians a position that pairs are rotated by, before `stretch`, as `mx.fast.rope` computes them."""
+    half = blocks.dims // 2
+    made = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(blocks.base) / half))
+    mx.eval(made)
+    return made
+
+
 def refusal(model: Any) -> str | None:
     """What about the model's parts is unknown, or None where `read` may take it apart."""
     return next(_complaints(model), None)
 
 
-def read(model: Any, lay_out: "LayOut") -> tuple[Blocks, Tree]:
+def read(model: Any, lay_out: LayOut) -> tuple[Blocks, Tree]:
     """The numbers and weights, not yet evaluated, of a model that isn't refused."""
     trunk = model["model"]
     blocks, embedding = numbers(model), trunk["embed_tokens"]["weight"]
@@ -182,10 +197,6 @@ def _numbers(layer: Any) -> Blocks:
         stretch=rope.scale,
         traditional=rope.traditional,
     )
-
-
-LayOut = Callable[[Any, Blocks], Tree]
-"""A layer's weights as they are multiplied with."""
 
 
 def for_a_cpu(layer: Any, blocks: Blocks) -> Tree:

@@ -10,7 +10,7 @@ import pytest
 from mlx_ops import fused_blocks
 from mlx_ops.fused_decode import Heads, Places
 from mlx_ops.holding import FusedRows, hold
-from tests.mlx_ops.test_lean_rows import Gelu, adapted, advance, far_turned, tokens_of
+from tests.mlx_ops.test_lean_rows import USUAL, Gelu, advance, tokens_of
 from tests.mlx_ops.tiny import tiny_model
 
 ON_CUDA = mx.cuda.is_available()
@@ -61,17 +61,7 @@ def _in_the_kernels_place(monkeypatch):
     fused_blocks.compiled_blocks.cache_clear()
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        *(pytest.param(lambda kind=kind: tiny_model(kind), id=kind) for kind in ("llama", "qwen2", "qwen3")),
-        *(pytest.param(lambda kind=kind: adapted(kind), id=kind) for kind in ("lora", "dora")),
-        pytest.param(lambda: far_turned(dims=4, traditional=True, base=500.0, scale=0.5), id="pairs of a part"),
-        pytest.param(lambda: far_turned(dims=6, base=50.0, scale=2.0), id="halves of a part"),
-        pytest.param(lambda: tiny_model(tie_word_embeddings=True, num_key_value_heads=4), id="tied"),
-        pytest.param(lambda: tiny_model(attention_bias=True, mlp_bias=True), id="biases"),
-    ],
-)
+@pytest.mark.parametrize("model", USUAL)
 def test_rows_draw_what_they_draw_with_the_model_itself(model: Callable[[], Any]):
     model = model()
     assert fused_blocks.refusal(model) is None

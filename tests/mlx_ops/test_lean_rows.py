@@ -60,17 +60,18 @@ def far_turned(**rope):
     return model
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        *(pytest.param(lambda kind=kind: tiny_model(kind), id=kind) for kind in ("llama", "qwen2", "qwen3")),
-        *(pytest.param(lambda kind=kind: adapted(kind), id=kind) for kind in ("lora", "dora")),
-        pytest.param(lambda: far_turned(dims=4, traditional=True, base=500.0, scale=0.5), id="pairs of a part"),
-        pytest.param(lambda: far_turned(dims=6, base=50.0, scale=2.0), id="halves of a part"),
-        pytest.param(lambda: tiny_model(tie_word_embeddings=True, num_key_value_heads=4), id="tied"),
-        pytest.param(lambda: tiny_model(attention_bias=True, mlp_bias=True), id="biases"),
-    ],
-)
+USUAL = [
+    *(pytest.param(lambda kind=kind: tiny_model(kind), id=kind) for kind in ("llama", "qwen2", "qwen3")),
+    *(pytest.param(lambda kind=kind: adapted(kind), id=kind) for kind in ("lora", "dora")),
+    pytest.param(lambda: far_turned(dims=4, traditional=True, base=500.0, scale=0.5), id="pairs of a part"),
+    pytest.param(lambda: far_turned(dims=6, base=50.0, scale=2.0), id="halves of a part"),
+    pytest.param(lambda: tiny_model(tie_word_embeddings=True, num_key_value_heads=4), id="tied"),
+    pytest.param(lambda: tiny_model(attention_bias=True, mlp_bias=True), id="biases"),
+]
+"""Makers of models whose blocks are the usual ones."""
+
+
+@pytest.mark.parametrize("model", USUAL)
 def test_the_blocks_compute_what_the_model_computes_far_from_the_start_too(model):
     model = model()
     assert refusal(model) is None
