@@ -303,7 +303,7 @@ class TrainingConfig(Strict):
     gradient_checkpointing: bool = False
     """Compute each layer again in the backward pass: less memory, a third more time."""
     compile_update: bool = True
-    """On a GPU, compile the gradient: a fifth sooner, but each new shape of a batch is traced first, for some 0.5 s."""
+    """On a GPU, compile the gradient of batch shapes that come often: a fifth sooner, after a trace of some 0.5 s."""
     max_nonfinite_steps: Annotated[PositiveInt, MAY_CHANGE] = 3
     """So many skipped steps in a row (loss or gradient not finite) stop the run."""
     tokens_per_microbatch: Annotated[PositiveInt | None, MAY_CHANGE] = None

@@ -15,7 +15,7 @@ from mlx_ops import lean_weights
 from mlx_ops.batching import Tree
 from mlx_ops.exponential import swiglu
 from mlx_ops.fused_decode import Heads, Places, append_and_attend
-from mlx_ops.lean_weights import Blocks, for_a_gpu, rates, read, times, unlike, weight_type
+from mlx_ops.lean_weights import FOR_A_GPU, Blocks, rates, read, times, unlike, weight_type
 from mlx_ops.sampling import Sampler
 
 
@@ -71,7 +71,7 @@ def _frequencies(blocks: Blocks) -> mx.array:
 
 def _one_by_one(model: Any, tokens: mx.array) -> mx.array:
     """The logits behind each of these tokens, read one after the other."""
-    blocks, weights = read(model, for_a_gpu)
+    blocks, weights = read(model, FOR_A_GPU)
     shape = (1, blocks.kv_heads, len(tokens), blocks.size)
     layers = [[mx.zeros(shape, weight_type(model)) for _ in range(4)] for _ in weights["layers"]]
     mx.eval(layers)

@@ -2,9 +2,13 @@
 
 On a GPU that saves a fifth of an update: neighbouring elementwise operations become one kernel, and the host builds no
 graph. Arrays of model, batch and random state are its inputs, so that none is a constant of a trace; what else a batch
-has is part of what chooses the trace. Whether and how a batch is traced is seen from that batch alone.
+has is part of what chooses the trace. Completions of free length make new shapes for ever, so a shape is traced only
+when it has come often; how often is part of the trainer's state, and a resumed run traces what one does that never
+stopped.
 """
 
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -18,19 +22,35 @@ Loss = Callable[[nn.Module, Any], tuple[mx.array, Mapping[str, mx.array]]]
 ValueAndGradient = tuple[tuple[mx.array, Mapping[str, mx.array]], Tree]
 
 
+EARNED = 16
+"""A trace takes what so many updates by it save."""
+
+
 class CompiledGradient:
     """What `nn.value_and_grad` of a loss gives, for one loss that reads nothing that changes but model and batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, after: int = EARNED) -> None:
+        """A shape is traced when it has come `after` times."""
+        self.after = after
+        self.met: Counter[str] = Counter()
+        """How often each shape came, by a digest."""
         self._traced: dict[Hashable, Callable[..., ValueAndGradient]] = {}
 
     def __call__(self, loss: Loss, model: nn.Module, batch: Any) -> ValueAndGradient:
         """The loss with its metrics, and its gradient by the trainable weights; not yet evaluated."""
         arrays, form = taken_apart(batch)
         key = (form, model.training)
+        shape = _digest((key, [(array.shape, str(array.dtype)) for array in arrays]))
+        self.met[shape] += 1
+        if self.met[shape] <= self.after:
+            return nn.value_and_grad(model, loss)(model, batch)
         if key not in self._traced:
             self._traced[key] = _compiled(loss, model, form)
         return self._traced[key](arrays)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
 
 
 def _compiled(loss: Loss, model: nn.Module, form: Any) -> Callable[..., ValueAndGradient]:

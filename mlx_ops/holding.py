@@ -13,7 +13,7 @@ from mlx_ops.fused_decode import compiled_step, serves
 from mlx_ops.held import PREFILL_COLUMNS, Held, prefill
 from mlx_ops.lean_rows import LeanRows
 from mlx_ops.lean_rows import refusal as lean_refusal
-from mlx_ops.lean_weights import for_a_gpu, read
+from mlx_ops.lean_weights import FOR_A_GPU, read
 from mlx_ops.paged_cache import paged_cache
 from mlx_ops.row_cache import GROWTH, RowCache, head_shapes, placed, refusal, takes_row_masks
 from mlx_ops.sampling import Sampler
@@ -151,7 +151,7 @@ class FusedRows(Held):
     def _take(self, sampler: Sampler) -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
         """The step, in few kernels where the model's blocks are the usual ones."""
         if self._step is None and fused_blocks.refusal(self._model) is None:
-            blocks, weights = read(self._model, for_a_gpu)
+            blocks, weights = read(self._model, FOR_A_GPU)
             mx.eval(weights)
             self._step = partial(fused_blocks.compiled_blocks(blocks, sampler), weights)
         self._step = self._step or compiled_step(self._model, sampler)

@@ -40,7 +40,7 @@ def logits(blocks: Blocks, weights: Tree, tokens: mx.array, rows: Rows, layers: 
         hidden, own = _attended(blocks, layer, hidden, turns, rows.column, held)
         hidden = _fed_forward(blocks, layer, hidden)
         after.append([own, *held[1:]])
-    return times(mx.fast.rms_norm(hidden, weights["norm"], blocks.eps), weights["head"]), after
+    return _beside(times(mx.fast.rms_norm(hidden, weights["norm"], blocks.eps), weights["head"])), after
 
 
 def blank(blocks: Blocks, rows: int, columns: int) -> mx.array:
@@ -94,8 +94,14 @@ def attend(queries: mx.array, stretches: Sequence[mx.array]) -> mx.array:
 
 
 def _fed_forward(blocks: Blocks, layer: Tree, hidden: mx.array) -> mx.array:
-    x = _normed(blocks, hidden)
-    return times(swiglu(times(x, layer["gate"]), times(x, layer["up"])), layer["down"], hidden)
+    panels = times(_normed(blocks, hidden), layer["gate_up"])
+    half = len(panels) // 2
+    return times(_beside(swiglu(panels[:half], panels[half:])), layer["down"], hidden)
+
+
+def _beside(panels: mx.array) -> mx.array:
+    """(P, B, columns) as (B, P columns)."""
+    return panels.swapaxes(0, 1).reshape(panels.shape[1], -1)
 
 
 def _normed(blocks: Blocks, hidden: mx.array) -> mx.array:

@@ -18,7 +18,7 @@ from mlx_ops.backend import prepare
 from mlx_ops.batching import Tree
 from mlx_ops.held import Held, prefill
 from mlx_ops.lean_blocks import HIDDEN, Rows, blank, logits, stretch
-from mlx_ops.lean_weights import Blocks, for_a_cpu, read, unlike, weight_type
+from mlx_ops.lean_weights import FOR_A_CPU, Blocks, read, unlike, weight_type
 from mlx_ops.microbatches import bucketed
 from mlx_ops.sampling import Sampler
 
@@ -43,7 +43,7 @@ class LeanRows(Held):
     ) -> None:
         """`known` is what `read` gave of the model, where other rows have it."""
         self._model = model
-        self._blocks, self._weights = read(model, for_a_cpu) if known is None else known
+        self._blocks, self._weights = read(model, FOR_A_CPU) if known is None else known
         mx.eval(self._weights)
         held = prefill(model, prompts)
         columns, counts = held[0].index, [len(list(rows)) for _, rows in groupby(index)]
@@ -75,7 +75,7 @@ class LeanRows(Held):
 
     def step(self, sampler: Sampler, tokens: mx.array, u: mx.array) -> tuple[mx.array, mx.array]:
         if self._used == self._layers[0][0].shape[2]:
-            self._extend(0, COLUMNS)
+            self._layers = [[_grown(own), *rest] for own, *rest in self._layers]
         take, where = _compiled(self._blocks, sampler), [self._positions, mx.array([self._used])]
         tokens, logprobs, self._positions, self._layers = take(self._weights, tokens, u, where, self._layers)
         self._used += 1
@@ -171,7 +171,7 @@ def refusal(model: Any) -> str | None:
 
 def _one_by_one(model: Any, tokens: mx.array) -> mx.array:
     """The logits behind each of these tokens, read one after the other."""
-    blocks, weights = read(model, for_a_cpu)
+    blocks, weights = read(model, FOR_A_CPU)
     layers, found = [[blank(blocks, 1, len(tokens))] for _ in weights["layers"]], []
     for place in range(len(tokens)):
         rows = Rows(mx.array([place]), mx.array([place]))
@@ -189,6 +189,15 @@ def _compiled(blocks: Blocks, sampler: Sampler) -> Callable[..., Any]:
     return mx.compile(step)
 
 
+def _grown(own: mx.array) -> mx.array:
+    """A full stretch (2H, B, C, D + 1) with hidden columns more: copies of others, for only `take` copies fast."""
+    pages, (heads, rows, columns, size) = own.shape[2] // COLUMNS, own.shape
+    index = np.arange(heads * rows)[:, None] * pages + np.minimum(np.arange(pages + 1), pages - 1)
+    longer = own.reshape(-1, COLUMNS, size)[mx.array(index)].reshape(heads, rows, columns + COLUMNS, size)
+    longer[: heads // 2, :, columns:, -1] = HIDDEN
+    return longer
+
+
 def _halves(group: int) -> Iterator[int]:
     """The group, its half, …, while they are whole and more than one row."""
     while group > 1:
@@ -197,6 +206,6 @@ def _halves(group: int) -> Iterator[int]:
 
 
 def _rounded(rows: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, …"""
-    power = 1 << (rows.bit_length() - 1)
-    return next(size for size in (power, power * 3 // 2, power * 2) if size >= rows)
+    """The next of 1, 2, …, 8, 10, 12, 14, 16, 20, …: four sizes to each power of two."""
+    step = max(1, (1 << (rows.bit_length() - 1)) // 4)
+    return -(-rows // step) * step

@@ -32,6 +32,8 @@ CLOSE = 1e-3
 1e-1."""
 CLOSE_IN_HALVES = 5e-2
 """The same where weights are half precision, whose roundings give 1e-2."""
+PANEL, NARROWEST = 384, 64
+"""Columns of a matrix that are multiplied together on a CPU, at most and at least."""
 TOKENS = (1, 2, 3)
 """What models are compared over."""
 
@@ -58,8 +60,12 @@ class Blocks:
         return self.heads + 2 * self.kv_heads
 
 
-LayOut = Callable[[Any, Blocks], Tree]
-"""A layer's weights as they are multiplied with."""
+@dataclass(frozen=True)
+class Layout:
+    """How weights lie for a device's products."""
+
+    layer: Callable[[Any, Blocks], Tree]
+    head: Callable[[dict[str, mx.array]], dict[str, mx.array]]
 
 
 @cache
@@ -76,13 +82,14 @@ def refusal(model: Any) -> str | None:
     return next(_complaints(model), None)
 
 
-def read(model: Any, lay_out: LayOut) -> tuple[Blocks, Tree]:
+def read(model: Any, layout: Layout) -> tuple[Blocks, Tree]:
     """The numbers and weights, not yet evaluated, of a model that isn't refused."""
     trunk = model["model"]
     blocks, embedding = numbers(model), trunk["embed_tokens"]["weight"]
     head = _linear(model["lm_head"]) if "lm_head" in model else {"weight": embedding.T}
-    layers = [lay_out(layer, blocks) for layer in trunk["layers"]]
-    return blocks, {"embedding": embedding, "norm": trunk["norm"]["weight"], "head": head, "layers": layers}
+    layers = [layout.layer(layer, blocks) for layer in trunk["layers"]]
+    norm = trunk["norm"]["weight"]
+    return blocks, {"embedding": embedding, "norm": norm, "head": layout.head(head), "layers": layers}
 
 
 def unlike(model: Any, compute: Callable[[Any, mx.array], mx.array]) -> str | None:
@@ -199,16 +206,16 @@ def _numbers(layer: Any) -> Blocks:
     )
 
 
-def for_a_cpu(layer: Any, blocks: Blocks) -> Tree:
-    """Matrices laid out anew, those of queries, keys and values by head; the weights of norms are in them."""
+def _cpu_layer(layer: Any, blocks: Blocks) -> Tree:
+    """Queries, keys and values by head; gate and up in panels; the weights of norms are in the matrices."""
     attention, mlp = layer["self_attn"], layer["mlp"]
     before, between = (layer[name]["weight"][:, None] for name in ("input_layernorm", "post_attention_layernorm"))
     parts = [_laid_out(_linear(attention[name]), before) for name in PROJECTIONS[:3]]
+    inner = [_in_panels(_laid_out(_linear(mlp[name]), between)) for name in ("gate_proj", "up_proj")]
     weights: dict[str, Any] = {
         "qkv": {name: mx.concatenate([_by_head(part[name], blocks) for part in parts]) for name in parts[0]},
         "out": _laid_out(_linear(attention["o_proj"])),
-        "gate": _laid_out(_linear(mlp["gate_proj"]), between),
-        "up": _laid_out(_linear(mlp["up_proj"]), between),
+        "gate_up": {name: mx.concatenate([part[name] for part in inner]) for name in inner[0]},
         "down": _laid_out(_linear(mlp["down_proj"])),
     }
     if blocks.normed:
@@ -217,7 +224,7 @@ def for_a_cpu(layer: Any, blocks: Blocks) -> Tree:
     return weights
 
 
-def for_a_gpu(layer: Any, blocks: Blocks) -> Tree:
+def _gpu_layer(layer: Any, blocks: Blocks) -> Tree:
     """Queries, keys and values in one matrix, gate and up in another; the rest is the model's own."""
     attention, mlp = layer["self_attn"], layer["mlp"]
     weights: dict[str, Any] = {
@@ -250,6 +257,16 @@ def _by_head(array: mx.array, blocks: Blocks) -> mx.array:
     return mx.contiguous(mx.pad(heads, [(0, 0), (0, 0), (0, 1)]))
 
 
+def _in_panels(linear: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The matrix (in, out) as P of (in, out / P), which a BLAS multiplies 1.2 to 2 times as fast with 3 to 32 rows."""
+    columns = linear["weight"].shape[-1]
+    widths = [columns // count for count in range(1, columns // NARROWEST + 1) if columns % count == 0]
+    width = next((width for width in widths if width <= PANEL), columns)
+    return {
+        name: mx.contiguous(array.reshape(-1, columns // width, width).swapaxes(0, 1)) for name, array in linear.items()
+    }
+
+
 def _base(module: Any) -> Any:
     """A linear layer without its adapter."""
     return module["linear"] if type(module) in ADAPTERS else module
@@ -271,8 +288,12 @@ def _laid_out(linear: dict[str, mx.array], norm: mx.array | float = 1.0) -> dict
 
 
 def times(x: mx.array, linear: dict[str, mx.array], added: mx.array | None = None) -> mx.array:
-    """x (B, in) through a linear layer, on top of what is `added` (B, out)."""
+    """x (B, in) through a linear layer, on top of what is `added` (B, out); P panels give (P, B, out / P)."""
     if added is None:
         return mx.addmm(linear["bias"], x, linear["weight"]) if "bias" in linear else x @ linear["weight"]
     out = mx.addmm(added, x, linear["weight"])
     return out + linear["bias"] if "bias" in linear else out
+
+
+FOR_A_CPU = Layout(_cpu_layer, _in_panels)
+FOR_A_GPU = Layout(_gpu_layer, lambda linear: linear)

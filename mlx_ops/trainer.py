@@ -5,6 +5,7 @@ It knows no file, no sink and no tokenizer: what it needs is handed in.
 
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
@@ -102,7 +103,7 @@ class BaseTrainer(ABC, Generic[Batch]):
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs beside weights, optimizer and step; JSON."""
-        return {"nonfinite_in_a_row": self.nonfinite_in_a_row}
+        return {"nonfinite_in_a_row": self.nonfinite_in_a_row, "shapes": dict(self.compiled_gradient.met)}
 
     def arrays(self) -> dict[str, mx.array]:
         """What else it needs, as arrays: those of the last completed step while the trainer rests."""
@@ -112,6 +113,7 @@ class BaseTrainer(ABC, Generic[Batch]):
         """Go on after `step` completed steps, with what `state` and `arrays` gave then."""
         self.completed = step
         self.nonfinite_in_a_row = int(state["nonfinite_in_a_row"])
+        self.compiled_gradient.met = Counter(state.get("shapes", {}))
 
     def observe(self, batch: Batch, extra: Mapping[str, mx.array]) -> None:
         """Look at what a microbatch's loss returned beside the loss."""

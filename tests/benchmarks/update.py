@@ -31,6 +31,7 @@ from configs.schema import GRPOConfig, SamplingConfig
 from mlx_ops.batching import TokenRows, token_rows
 from mlx_ops.checkpointing import checkpoint_layers
 from mlx_ops.forward import project, score
+from mlx_ops.gradient import CompiledGradient
 from mlx_ops.grpo import GRPOTrainer
 from mlx_ops.logprobs import token_logprobs
 from mlx_ops.microbatches import bucketed, plan
@@ -110,6 +111,7 @@ def trained(
         seed=0,
         keep=lambda rows: None,
     )
+    trainer.compiled_gradient = CompiledGradient(after=0)
     if compiled is not None:
         trainer.compiled = compiled
     heads, tails = random_prompts(model, prompts, prompt), random_prompts(model, prompts * GROUP, new)

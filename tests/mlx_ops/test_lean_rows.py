@@ -15,7 +15,7 @@ from mlx_ops.generation import generate
 from mlx_ops.holding import Kind, hold
 from mlx_ops.lean_blocks import Rows, attend, blank, logits, stretch
 from mlx_ops.lean_rows import COLUMNS, LeanRows, refusal
-from mlx_ops.lean_weights import for_a_cpu, read
+from mlx_ops.lean_weights import FOR_A_CPU, read
 from mlx_ops.model import add_adapter
 from mlx_ops.sampling import make_sampler, uniforms
 from tests.mlx_ops.tiny import leaves, tiny_model
@@ -75,7 +75,7 @@ USUAL = [
 def test_the_blocks_compute_what_the_model_computes_far_from_the_start_too(model):
     model = model()
     assert refusal(model) is None
-    blocks, weights = read(model, for_a_cpu)
+    blocks, weights = read(model, FOR_A_CPU)
     tokens, first = mx.array(tokens_of([6])[0]), 1500
     cache = make_prompt_cache(model)
     for layer in cache:  # as if so many tokens had been read, which nobody may look at
