@@ -25,7 +25,7 @@ from configs.schema import Strict, TrainedStage
 from pipeline.resources import DeviceSettings, Launch, project_root
 
 if TYPE_CHECKING:
-    from pipeline.train import Job, Trained
+    from pipeline.job import Job, Trained
 
 ORDER = "order.json"
 LOOPBACK = "127.0.0.1"
@@ -57,7 +57,7 @@ def train_on_ranks(
     context: dg.OpExecutionContext, job: "Job", stage: TrainedStage, source: Path, launch: Launch
 ) -> "Trained":
     """As `train_stage`, on the ranks that `launch` describes. `dg.Failure` names a rank that was lost, and its host."""
-    from pipeline.train import Trained
+    from pipeline.job import Trained
 
     order = Order(
         experiment=job.experiment.model_dump_json(exclude_unset=True),

@@ -93,7 +93,8 @@ class Workshop:
         return self._reference(folder, "base", 0)
 
     def _trained(self, stage: str) -> CheckpointRef:
-        from pipeline.train import Job, train_stage
+        from pipeline.job import Job
+        from pipeline.train import train_stage
 
         experiment = self.entry.experiment
         start = self.checkpoint(start_stage(experiment, stage))

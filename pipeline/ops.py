@@ -25,7 +25,7 @@ from pipeline.resources import MlxResource, RunStore, short_id
 from pipeline.sinks import RunInfo, Sink, read_metrics
 
 if TYPE_CHECKING:
-    from pipeline.train import Trained
+    from pipeline.job import Trained
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,8 @@ def _train(
 ) -> tuple["Trained", str | None]:
     """What the stage left, and the page where its numbers are."""
     place.mlx.prepare()  # before anything imports MLX
-    from pipeline.train import Job, train_stage
+    from pipeline.job import Job
+    from pipeline.train import train_stage
 
     steps = getattr(experiment, stage).steps
     info = RunInfo(

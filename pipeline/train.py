@@ -6,7 +6,7 @@ import os
 import platform
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +17,13 @@ import mlx_ops as mlx_ops  # before MLX, which binds its BLAS when it is importe
 
 # isort: split
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from configs.atomic import is_full, new_directory, verify
 from configs.loader import changed_fields, digest
 from configs.schema import (
     ExperimentConfig,
-    GRPOConfig,
     LoraAdapter,
-    PluginPolicyConfig,
-    PolicyConfig,
-    PPOConfig,
     PretrainedModel,
-    SamplingConfig,
-    SFTConfig,
     TrainedStage,
     TrainingConfig,
 )
@@ -44,9 +37,7 @@ from mlx_ops.checkpoint import (
     tree_bytes,
 )
 from mlx_ops.checkpointing import checkpoint_layers
-from mlx_ops.distributed import ALONE, Ranks
 from mlx_ops.footprint import Footprint, estimate, require_memory
-from mlx_ops.generation import generate
 from mlx_ops.model import (
     DTYPES,
     Policy,
@@ -60,55 +51,22 @@ from mlx_ops.model import (
     write_adapter,
     write_model,
 )
-from mlx_ops.optimizers import make_optimizer
-from mlx_ops.prompts import completion_text, prompt_text
-from mlx_ops.rollout import Sampler, Task, judge, make_tasks
-from mlx_ops.sft import SFTTrainer, make_pairs
+from mlx_ops.prompts import prompt_text
 from mlx_ops.trainer import BaseTrainer, Metrics
 from mlx_ops.watchdog import Watchdog
-from pipeline.algorithms import algorithm_of
-from pipeline.data.samplers import Shuffled, make_sampler
 from pipeline.data.store import read_examples
 from pipeline.hub import locate
+from pipeline.job import Job, Trained
 from pipeline.provenance import PACKAGES, installed
 from pipeline.resources import DeviceSettings
 from pipeline.samples import SampleFiles
-from rewards.base import Example
-from rewards.composer import RewardComposer
+from pipeline.trainers import build
 
 log = logging.getLogger(__name__)
 
 Settings = dict[str, Any]
-Reinforcement = GRPOConfig | PPOConfig | PluginPolicyConfig
 MAX_INSPECTED = 10
 """Batches of skipped updates that a run keeps."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training: what, from where, to where, on what."""
-
-    experiment: ExperimentConfig
-    dataset_dir: Path
-    start_dir: Path
-    """The checkpoint it starts from; its `model/` is loaded."""
-    run_dir: Path
-    device: DeviceSettings
-    report: Callable[[int, Mapping[str, float]], None]
-    ranks: Ranks = ALONE
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A model that a stage left."""
-
-    checkpoint: Path
-    """Holds `model/`, and `adapter/` where one was trained."""
-    step: int
-    sha256: str
-    """Of the checkpoint's manifest."""
-    samples: list[dict[str, Any]]
-    """Completions of the last step, the best and the worst rewards."""
 
 
 def make_base(
@@ -150,22 +108,13 @@ def fit_stage(job: Job, stage: TrainedStage) -> tuple[CheckpointStore, SampleFil
     log.info("memory: %s", needs)
     require_memory(needs, config, backend.memory_bytes, stage)
     samples = SampleFiles(job.run_dir / "samples")
-    parts = _build(job, policy, config, samples, needs.token_budget)
+    parts = build(job, policy, config, samples, needs.token_budget)
     store = CheckpointStore(job.run_dir / "checkpoints", config.checkpoint)
     run = _Run(job, stage, config, policy, parts.trainer, parts.watchdog, store)
     run.resume()
     run.require_room(needs)
     run.fit(parts.evaluate)
     return store, samples
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A stage's trainer and what looks at the model between steps."""
-
-    trainer: BaseTrainer[Any]
-    evaluate: Callable[[int], Metrics]
-    watchdog: Watchdog | None
 
 
 @dataclass(frozen=True)
@@ -389,95 +338,6 @@ def _model_settings(policy: Policy) -> Settings:
     return json.loads((policy.path / "config.json").read_text(encoding="utf-8"))
 
 
-def _build(job: Job, policy: Policy, config: TrainingConfig, samples: SampleFiles, token_budget: int) -> Parts:
-    if isinstance(config, SFTConfig):
-        return _build_sft(job, policy, config, token_budget)
-    assert isinstance(config, Reinforcement)
-    return _build_policy(job, policy, config, samples, token_budget)
-
-
-def _build_sft(job: Job, policy: Policy, config: SFTConfig, token_budget: int) -> Parts:
-    experiment = job.experiment
-    train, validation = (
-        make_pairs(read_examples(job.dataset_dir, split), experiment.prompt, policy.tokenizer, config)[0]
-        for split in ("train", "test")
-    )
-    trainer = SFTTrainer(
-        policy.model,
-        make_optimizer(config.optimizer, config.learning_rate, config.steps),
-        config,
-        pairs=train,
-        validation=validation,
-        take=Shuffled(len(train), experiment.seed).take,
-        token_budget=token_budget,
-        seed=experiment.seed,
-        ranks=job.ranks,
-    )
-    return Parts(trainer, trainer.validate, None)
-
-
-def _build_policy(job: Job, policy: Policy, config: Reinforcement, samples: SampleFiles, token_budget: int) -> Parts:
-    sampler = make_rollouts(job, policy, config, config.group_size)
-    trainer = algorithm_of(config)(
-        policy.model,
-        make_optimizer(config.optimizer, config.learning_rate, config.policy_updates),
-        config,
-        draw=sampler,
-        weights=sampler.judge.weights,
-        token_budget=token_budget,
-        seed=job.experiment.seed,
-        keep=samples.write if job.ranks.is_writer else lambda _: None,
-        ranks=job.ranks,
-    )
-    return Parts(trainer, held_out_reward(job, sampler, config), Watchdog(config.watchdog))
-
-
-def make_rollouts(job: Job, policy: Policy, config: PolicyConfig, group_size: int) -> Sampler:
-    """The rollouts of a policy on the training examples, judged by the experiment's rewards."""
-    experiment = job.experiment
-    examples = read_examples(job.dataset_dir, "train")
-    composer = RewardComposer.from_config(experiment.rewards)
-    composer.validate(examples)
-    tasks, _ = make_tasks(examples, experiment.prompt, policy.tokenizer, config.max_prompt_tokens)
-    return Sampler(
-        policy=policy,
-        tasks=tasks,
-        take=make_sampler(config.order, [task.example for task in tasks], experiment.seed).take,
-        sampling=config.sampling,
-        group_size=group_size,
-        judge=composer,
-        seed=experiment.seed,
-        ranks=job.ranks,
-    )
-
-
-def held_out_reward(job: Job, sampler: Sampler, config: PolicyConfig) -> Callable[[int], Metrics]:
-    """Now and then the mean reward of greedy completions of held-out examples, as `eval_reward`."""
-    examples: Sequence[Example] = read_examples(job.dataset_dir, "test") if config.eval_every else []
-    policy, greedy = sampler.policy, SamplingConfig(temperature=0.0, max_tokens=config.sampling.max_tokens)
-
-    def earned(tasks: Sequence[Task]) -> list[float]:
-        if not tasks:
-            return []
-        drawn = generate(
-            policy.model, [task.tokens for task in tasks], sampling=greedy, seeds=[0] * len(tasks), eos=policy.eos
-        )
-        texts = [completion_text(completion.tokens, policy.tokenizer, policy.eos) for completion in drawn]
-        scores = judge(sampler.judge, [task.example for task in tasks], texts, drawn, greedy.max_tokens)
-        return [score.total for score in scores if score.total is not None]
-
-    def evaluate(step: int) -> Metrics:
-        if config.eval_every is None or step % config.eval_every or not examples:
-            return {}
-        tasks, _ = make_tasks(
-            examples[: config.eval_examples], job.experiment.prompt, policy.tokenizer, config.max_prompt_tokens
-        )
-        totals = sampler.ranks.gather(earned(sampler.ranks.share(tasks)))
-        return {"eval_reward": sum(totals) / len(totals)} if totals else {}
-
-    return evaluate
-
-
 @contextmanager
 def held_interrupts() -> Iterator[None]:
     """An interrupt that comes inside the block takes effect after it. Only the main thread receives any."""
@@ -497,8 +357,3 @@ def held_interrupts() -> Iterator[None]:
             signal.signal(number, handler)
     if caught:
         signal.raise_signal(signal.Signals(caught[0]))
-
-
-def parameters(policy: Policy) -> int:
-    """How many numbers the model's weights hold."""
-    return sum(cast(mx.array, array).size for _, array in tree_flatten(policy.model.parameters()))

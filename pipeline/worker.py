@@ -23,11 +23,12 @@ from mlx_ops.backend import prepare
 from mlx_ops.distributed import RankLostError, Ranks
 from pipeline.catalog import Entry
 from pipeline.guard import MISTAKES, words
+from pipeline.job import Job
 from pipeline.launch import Order, alive
 from pipeline.monitoring import LOGGERS, open_reporter
 from pipeline.ranks import joined
 from pipeline.sinks import RunInfo
-from pipeline.train import Job, fit_stage, train_stage
+from pipeline.train import fit_stage, train_stage
 
 PARENT_SECONDS = 1.0
 Report = Callable[[int, Mapping[str, float]], None]

@@ -21,12 +21,13 @@ from configs.strict_yaml import read_mapping
 from pipeline.catalog import Entry
 from pipeline.evaluate import Subject, evaluate_checkpoint
 from pipeline.evaluation.compare import Comparison, compare_reports
+from pipeline.job import Job, Trained
 from pipeline.local import Workshop
 from pipeline.monitoring import open_reporter
 from pipeline.refs import CheckpointRef
 from pipeline.resources import DeviceSettings, RunStore
 from pipeline.sinks import RunInfo, read_metrics
-from pipeline.train import Job, Trained, train_stage
+from pipeline.train import train_stage
 
 UPDATES = 200
 """Optimizer updates that each algorithm may take."""

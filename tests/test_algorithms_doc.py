@@ -14,8 +14,9 @@ from mlx_ops.algorithm import AlgorithmRegistry
 from pipeline.catalog import Entry, load_entry
 from pipeline.data.store import build_dataset
 from pipeline.factory import build_definitions
+from pipeline.job import Job
 from pipeline.resources import DeviceSettings
-from pipeline.train import Job, make_base, train_stage
+from pipeline.train import make_base, train_stage
 from tests.conftest import TINY
 from tests.mlx_ops.test_learning import COMMON, learn
 

@@ -9,8 +9,9 @@ import pytest
 from configs.loader import merge
 from configs.schema import ExperimentConfig
 from pipeline.data.store import build_dataset
+from pipeline.job import Job
 from pipeline.resources import DeviceSettings
-from pipeline.train import Job, make_base, train_stage
+from pipeline.train import make_base, train_stage
 from tests.conftest import TINY
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"

@@ -21,8 +21,9 @@ import pytest
 from configs.schema import CheckpointConfig, ExperimentConfig, TrainingConfig
 from mlx_ops.checkpoint import CheckpointStore
 from mlx_ops.model import Policy
+from pipeline.job import Job
 from pipeline.resources import DeviceSettings
-from pipeline.train import Job, save_weights, train_stage
+from pipeline.train import save_weights, train_stage
 from tests.faults.bench import Outcome, assert_equal, copy_of, outcome, prepare
 
 SIZE_MB = 8

@@ -19,10 +19,11 @@ import mlx_ops as mlx_ops  # before MLX, which binds its BLAS when it is importe
 import mlx.core as mx
 
 from configs.schema import ExperimentConfig
+from pipeline.job import Job
 from pipeline.monitoring import open_reporter
 from pipeline.resources import DeviceSettings
 from pipeline.sinks import RunInfo
-from pipeline.train import Job, train_stage
+from pipeline.train import train_stage
 from tests.faults.bench import prepare
 
 STATM = Path("/proc/self/statm")

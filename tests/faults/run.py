@@ -16,11 +16,12 @@ from mlx_ops.algorithm import PolicyTrainer
 from mlx_ops.checkpoint import CheckpointStore
 from mlx_ops.rollout import Sampler
 from mlx_ops.trainer import BaseTrainer
+from pipeline.job import Job
 from pipeline.monitoring import Reporter, open_reporter
 from pipeline.resources import DeviceSettings
 from pipeline.samples import SampleFiles
 from pipeline.sinks import RunInfo
-from pipeline.train import Job, train_stage
+from pipeline.train import train_stage
 
 PHASES = {"o": "other", "g": "rollout", "u": "update", "r": "report", "s": "save"}
 MARKED = (

@@ -12,8 +12,9 @@ import pytest
 from configs.loader import merge
 from configs.schema import ExperimentConfig
 from pipeline.data.store import build_dataset
+from pipeline.job import Job, Trained
 from pipeline.resources import DeviceSettings
-from pipeline.train import Job, Trained, make_base, train_stage
+from pipeline.train import make_base, train_stage
 from tests.conftest import TINY
 
 CPU = DeviceSettings(device="cpu")

@@ -18,10 +18,11 @@ import mlx.core as mx
 from configs.schema import ExperimentConfig
 from mlx_ops.backend import prepare
 from mlx_ops.distributed import Ranks
+from pipeline.job import Job
 from pipeline.ranks import joined
 from pipeline.resources import DeviceSettings
 from pipeline.sinks import JsonLines
-from pipeline.train import Job, fit_stage
+from pipeline.train import fit_stage
 from tests.mlx_ops.tiny import leaves
 
 
