@@ -67,6 +67,7 @@ USUAL = [
     pytest.param(lambda: far_turned(dims=6, base=50.0, scale=2.0), id="halves of a part"),
     pytest.param(lambda: tiny_model(tie_word_embeddings=True, num_key_value_heads=4), id="tied"),
     pytest.param(lambda: tiny_model(attention_bias=True, mlp_bias=True), id="biases"),
+    pytest.param(lambda: tiny_model(intermediate_size=800, vocab_size=770, mlp_bias=True), id="panels"),
 ]
 """Makers of models whose blocks are the usual ones."""
 
@@ -92,6 +93,14 @@ def test_the_blocks_compute_what_the_model_computes_far_from_the_start_too(model
         rows = Rows(mx.array([first + place]), mx.array([place]))
         found, layers = logits(blocks, weights, tokens[place : place + 1], rows, layers)
         np.testing.assert_allclose(found[0], expected[place], atol=2e-4 * float(mx.abs(expected).max()))
+
+
+@pytest.mark.parametrize(("columns", "panels"), [(64, 1), (384, 1), (960, 3), (4096, 16), (49_152, 128), (4099, 1)])
+def test_a_wide_matrix_is_cut_into_panels_where_it_divides(columns, panels):
+    weight = mx.random.normal((2, columns))
+    cut = FOR_A_CPU.head({"weight": weight})["weight"]
+    assert cut.shape == (panels, 2, columns // panels)
+    assert mx.array_equal(mx.concatenate(list(cut), axis=1), weight)
 
 
 def test_attention_over_prompts_apart_is_attention_over_all_columns():
