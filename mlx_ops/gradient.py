@@ -7,7 +7,6 @@ when it has come often; how often is part of the trainer's state, and a resumed 
 stopped.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -16,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from configs.loader import digest
 from mlx_ops.batching import Tree
 
 Loss = Callable[[nn.Module, Any], tuple[mx.array, Mapping[str, mx.array]]]
@@ -30,7 +30,7 @@ class CompiledGradient:
     """What `nn.value_and_grad` of a loss gives, for one loss that reads nothing that changes but model and batch."""
 
     def __init__(self, after: int = EARNED) -> None:
-        """A shape is traced when it has come `after` times."""
+        """A shape is traced when it comes again after `after` times."""
         self.after = after
         self.met: Counter[str] = Counter()
         """How often each shape came, by a digest."""
@@ -40,17 +40,13 @@ class CompiledGradient:
         """The loss with its metrics, and its gradient by the trainable weights; not yet evaluated."""
         arrays, form = taken_apart(batch)
         key = (form, model.training)
-        shape = _digest((key, [(array.shape, str(array.dtype)) for array in arrays]))
+        shape = digest(repr((key, [(array.shape, array.dtype) for array in arrays])))
         self.met[shape] += 1
         if self.met[shape] <= self.after:
             return nn.value_and_grad(model, loss)(model, batch)
         if key not in self._traced:
             self._traced[key] = _compiled(loss, model, form)
         return self._traced[key](arrays)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
 
 
 def _compiled(loss: Loss, model: nn.Module, form: Any) -> Callable[..., ValueAndGradient]:

@@ -14,6 +14,7 @@ from mlx_ops.held import PREFILL_COLUMNS, Held, prefill
 from mlx_ops.lean_rows import LeanRows
 from mlx_ops.lean_rows import refusal as lean_refusal
 from mlx_ops.lean_weights import FOR_A_GPU, read
+from mlx_ops.microbatches import bucketed
 from mlx_ops.paged_cache import paged_cache
 from mlx_ops.row_cache import GROWTH, RowCache, head_shapes, placed, refusal, takes_row_masks
 from mlx_ops.sampling import Sampler
@@ -131,7 +132,7 @@ class FusedRows(Held):
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], index: Sequence[int], left: int) -> None:
         self._model, self._index = model, list(index)
         held = prefill(model, prompts)
-        columns = -(-max(held[0].index, 1) // PROMPT_BUCKET) * PROMPT_BUCKET
+        columns = bucketed(max(held[0].index, 1), PROMPT_BUCKET)
         self._spans = [(padding, held[0].index) for padding in held[0].padding]
         self._step: Any = None
         self._written = mx.zeros((len(index),), mx.int32)

@@ -40,7 +40,7 @@ def logits(blocks: Blocks, weights: Tree, tokens: mx.array, rows: Rows, layers: 
         hidden, own = _attended(blocks, layer, hidden, turns, rows.column, held)
         hidden = _fed_forward(blocks, layer, hidden)
         after.append([own, *held[1:]])
-    return _beside(times(mx.fast.rms_norm(hidden, weights["norm"], blocks.eps), weights["head"])), after
+    return _joined(times(mx.fast.rms_norm(hidden, weights["norm"], blocks.eps), weights["head"])), after
 
 
 def blank(blocks: Blocks, rows: int, columns: int) -> mx.array:
@@ -96,10 +96,10 @@ def attend(queries: mx.array, stretches: Sequence[mx.array]) -> mx.array:
 def _fed_forward(blocks: Blocks, layer: Tree, hidden: mx.array) -> mx.array:
     panels = times(_normed(blocks, hidden), layer["gate_up"])
     half = len(panels) // 2
-    return times(_beside(swiglu(panels[:half], panels[half:])), layer["down"], hidden)
+    return times(_joined(swiglu(panels[:half], panels[half:])), layer["down"], hidden)
 
 
-def _beside(panels: mx.array) -> mx.array:
+def _joined(panels: mx.array) -> mx.array:
     """(P, B, columns) as (B, P columns)."""
     return panels.swapaxes(0, 1).reshape(panels.shape[1], -1)
 

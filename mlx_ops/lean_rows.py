@@ -207,5 +207,4 @@ def _halves(group: int) -> Iterator[int]:
 
 def _rounded(rows: int) -> int:
     """The next of 1, 2, …, 8, 10, 12, 14, 16, 20, …: four sizes to each power of two."""
-    step = max(1, (1 << (rows.bit_length() - 1)) // 4)
-    return -(-rows // step) * step
+    return bucketed(rows, max(1, (1 << (rows.bit_length() - 1)) // 4))

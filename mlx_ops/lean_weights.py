@@ -258,12 +258,12 @@ def _by_head(array: mx.array, blocks: Blocks) -> mx.array:
 
 
 def _in_panels(linear: dict[str, mx.array]) -> dict[str, mx.array]:
-    """The matrix (in, out) as P of (in, out / P), which a BLAS multiplies 1.2 to 2 times as fast with 3 to 32 rows."""
+    """The matrix (in, out) as P of (in, out / P): with 4 to 32 rows a BLAS multiplies them 1.1 to 1.9 times as fast."""
     columns = linear["weight"].shape[-1]
-    widths = [columns // count for count in range(1, columns // NARROWEST + 1) if columns % count == 0]
-    width = next((width for width in widths if width <= PANEL), columns)
+    counts = range(-(-columns // PANEL), columns // NARROWEST + 1)
+    count = next((count for count in counts if columns % count == 0), 1)
     return {
-        name: mx.contiguous(array.reshape(-1, columns // width, width).swapaxes(0, 1)) for name, array in linear.items()
+        name: mx.contiguous(array.reshape(-1, count, columns // count).swapaxes(0, 1)) for name, array in linear.items()
     }
 
 
