@@ -254,11 +254,15 @@ LONG = (
 @pytest.mark.parametrize("piece", LONG.split("|"))
 def test_time_grows_with_the_text_and_not_with_its_square(piece):
     text = "#### 18\n" + piece * (100_000 // len(piece))
-    start = time.process_time()
-    is_correct(text, "18")
-    for mode in LM_EVAL:
-        is_correct(text, "18", mode)
-    assert time.process_time() - start < 0.5
+
+    def seconds():  # of this thread: the process has others, and now and then all its objects are collected
+        start = time.thread_time()
+        is_correct(text, "18")
+        for mode in LM_EVAL:
+            is_correct(text, "18", mode)
+        return time.thread_time() - start
+
+    assert min(seconds() for _ in range(3)) < 0.25
 
 
 def test_of_a_very_long_text_the_end_is_read_and_open_thoughts_are_remembered():
