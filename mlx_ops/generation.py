@@ -3,7 +3,7 @@ admitted."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,8 +24,10 @@ CHECK_EVERY = 8
 """Decode steps between two looks at what was drawn; a row's overrun is trimmed, so results don't depend on it."""
 ADMISSION = 0.25
 """Share of the width that must be free before waiting rows are admitted: each admission copies the caches."""
-NARROW = 50_000_000
+NARROW = 5_000_000
 """A step of a model of fewer parameters has no matrix product that two cores would do sooner than one."""
+FEW = 16
+"""Nor has a step of fewer rows: it reads more than it multiplies."""
 MEMORY_SHARE = 0.5
 """Share of the device's memory that keys and values may fill."""
 
@@ -100,12 +102,13 @@ def generate(  # noqa: PLR0913 (the engine's whole surface)
         raise ValueError("a prompt without tokens gives nothing to continue; begin it with a start token")
     rows = [_Row(place, place // group_size, seed) for place, seed in enumerate(seeds)]
     kind, width = _plan(model, prompts, group_size, sampling.max_tokens, max_rows, cache)
-    engine = _Engine(model, prompts, make_sampler(sampling), sampling.max_tokens, eos, stop, progress, kind)
+    engine = _Engine(
+        model, prompts, make_sampler(sampling), sampling.max_tokens, eos, stop, progress, kind, _is_narrow(model)
+    )
     # Without masks for each row, rows beside each other must have one length: those of one prompt, begun together.
     together = [rows] if takes_row_masks(model) or kind == "library" else _slices(rows, group_size, width)
-    with one_blas_thread() if _is_narrow(model) else nullcontext():
-        for part in together:
-            engine.run(deque(part), min(width, len(part)))
+    for part in together:
+        engine.run(deque(part), min(width, len(part)))
     return [Completion(tuple(row.tokens), tuple(row.logprobs), not row.ended) for row in rows]
 
 
@@ -150,6 +153,7 @@ class _Engine:
     stop: Stop | None
     progress: Progress | None
     kind: Kind
+    narrow: bool
     finished: int = 0
     drawn: int = 0
 
@@ -179,10 +183,15 @@ class _Engine:
         used = sorted({row.prompt for row in rows})
         place = {prompt: number for number, prompt in enumerate(used)}
         prompts, index = [self.prompts[prompt] for prompt in used], [place[row.prompt] for row in rows]
-        if held is None:
-            return hold(self.kind, self.model, prompts, index, self.max_tokens)
-        held.join(prompts, index, self.max_tokens)
+        with self._cores(sum(map(len, prompts))):
+            if held is None:
+                return hold(self.kind, self.model, prompts, index, self.max_tokens)
+            held.join(prompts, index, self.max_tokens)
         return held
+
+    def _cores(self, tokens: int) -> AbstractContextManager[None]:
+        """Where so many tokens are read at once: matrix products on as many cores as do them soonest."""
+        return one_blas_thread() if self.narrow or tokens < FEW else nullcontext()
 
     def _left(self, rows: Sequence[_Row]) -> int:
         return self.max_tokens - min(len(row.tokens) for row in rows if not row.done)
@@ -192,12 +201,13 @@ class _Engine:
         count = min(CHECK_EVERY, self._left(rows))
         draws = mx.array(uniforms([row.seed for row in rows], [len(row.tokens) for row in rows], count))
         block, logprobs = [], []
-        for t in range(count):
-            tokens, logprob = held.step(self.sampler, tokens, draws[t])
-            mx.async_eval(tokens, logprob)
-            block.append(tokens)
-            logprobs.append(logprob)
-        drawn, scores = (np.array(mx.stack(steps)).T for steps in (block, logprobs))  # (B, steps)
+        with self._cores(len(rows)):
+            for t in range(count):
+                tokens, logprob = held.step(self.sampler, tokens, draws[t])
+                mx.async_eval(tokens, logprob)
+                block.append(tokens)
+                logprobs.append(logprob)
+            drawn, scores = (np.array(mx.stack(steps)).T for steps in (block, logprobs))  # (B, steps)
         ends = np.isin(drawn, list(self.eos))
         kept = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, count)
         live = [row for row in rows if not row.done]

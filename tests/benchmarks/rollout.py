@@ -8,6 +8,7 @@
 
 import argparse
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,11 @@ from mlx_lm import batch_generate
 from mlx_lm.generate import BatchGenerator
 
 from configs.schema import SamplingConfig
-from mlx_ops.generation import generate
+from mlx_ops.backend import one_blas_thread
+from mlx_ops.generation import FEW, NARROW, generate
 from mlx_ops.holding import Kind
+from mlx_ops.lean_rows import refusal as lean_refusal
+from mlx_ops.lean_weights import FOR_A_CPU, read
 
 GROUP = 8
 
@@ -116,6 +120,35 @@ def mlx_lm_generator(work: Work) -> Case:
     return case
 
 
+def products(work: Work) -> Case:
+    """The drawn tokens' matrix products alone, rows leaving as they end: with the model's matrices, with each row's own
+    keys and values, and once a group with its prompt's. On a CPU, what no engine over MLX's `matmul` can beat."""
+    blocks, weights = read(work.model, FOR_A_CPU)
+    matrices = [layer[name]["weight"] for layer in weights["layers"] for name in ("qkv", "out", "gate_up", "down")]
+    matrices.append(weights["head"]["weight"])
+    groups, prompt = len(work.prompts), len(work.prompts[0])
+    shapes = ((len(work.lengths), max(work.lengths)), (groups, prompt))
+    own, shared = (mx.zeros((len(weights["layers"]), 2, blocks.kv_heads, *shape, blocks.size)) for shape in shapes)
+    mx.eval(matrices, own, shared)
+    live = [sum(length > step for length in work.lengths) for step in range(max(work.lengths))]
+
+    def attended(held: mx.array, queries: int) -> list[mx.array]:
+        asked = mx.zeros((blocks.kv_heads, held.shape[3], queries, blocks.size))
+        return [asked @ keys.swapaxes(-1, -2) @ values for keys, values in held]
+
+    def case() -> int:
+        repeats, few = blocks.heads // blocks.kv_heads, parameters(work.model) < NARROW
+        for step, rows in enumerate(live):
+            with one_blas_thread() if rows < FEW or few else nullcontext():
+                through = [mx.ones((rows, matrix.shape[-2])) @ matrix for matrix in matrices]
+                own_columns = attended(own[:, :, :, :rows, : step + 1], repeats)
+                left = min(groups, rows)
+                mx.eval(through, own_columns, attended(shared[:, :, :, :left], -(-rows // left) * repeats))
+        return sum(work.lengths)
+
+    return case
+
+
 def torch_generate(work: Work) -> Case:
     """transformers' `generate` on a llama of the same shape with random weights; rows of equal length only."""
     import torch  # pyright: ignore[reportMissingImports]
@@ -162,6 +195,8 @@ def cases(work: Work, arguments: argparse.Namespace) -> dict[str, Case]:
         found[f"engine, {arguments.slots} slots, paged"] = engine(work, "paged", arguments.slots)
         found[f"mlx_lm batch_generate, {arguments.slots} slots"] = mlx_lm_batch(work, arguments.slots)
     found |= {"mlx_lm batch_generate": mlx_lm_batch(work), "mlx_lm BatchGenerator": mlx_lm_generator(work)}
+    if lean_refusal(work.model) is None:
+        found["its products alone"] = products(work)
     if arguments.torch:
         found["transformers generate"] = torch_generate(work)
     return found

@@ -1,4 +1,5 @@
 import random
+from contextlib import nullcontext
 from functools import cache
 
 import mlx.core as mx
@@ -164,6 +165,19 @@ def test_the_default_kind_on_a_cpu_is_the_lean_step_and_the_shared_prompt_for_wh
     assert choose(model) == "lean"
     model.set_dtype(mx.bfloat16)
     assert choose(model) == "shared"
+
+
+@pytest.mark.parametrize(
+    ("narrow", "group", "expected"), [(0, 20, ["all"]), (0, 4, ["all", "one"]), (1 << 40, 20, ["one"])]
+)
+def test_small_models_and_steps_of_few_rows_multiply_on_one_core(monkeypatch, narrow, group, expected):
+    used: list[str] = []
+    monkeypatch.setattr(generation, "NARROW", narrow)
+    monkeypatch.setattr(generation, "one_blas_thread", lambda: used.append("one") or nullcontext())
+    monkeypatch.setattr(generation, "nullcontext", lambda: used.append("all") or nullcontext())
+    sampling = SamplingConfig(max_tokens=12)
+    generate(tiny_model(), [[5] * 20], sampling=sampling, seeds=range(group), eos=frozenset(), group_size=group)
+    assert sorted(set(used)) == expected
 
 
 def test_progress_counts_up_to_all_rows_and_tokens():
