@@ -121,8 +121,11 @@ def mlx_lm_generator(work: Work) -> Case:
 
 
 def products(work: Work) -> Case:
-    """The drawn tokens' matrix products alone, rows leaving as they end: with the model's matrices, with each row's own
-    keys and values, and once a group with its prompt's. On a CPU, what no engine over MLX's `matmul` can beat."""
+    """What the drawn tokens would take if all but their matrix products were free, on as many BLAS threads as ours.
+
+    With the model's matrices, with each row's own keys and values, and once a group with its prompt's; rows leave as
+    they end. For a CPU.
+    """
     blocks, weights = read(work.model, FOR_A_CPU)
     matrices = [layer[name]["weight"] for layer in weights["layers"] for name in ("qkv", "out", "gate_up", "down")]
     matrices.append(weights["head"]["weight"])
