@@ -103,7 +103,7 @@ def generate(  # noqa: PLR0913 (the engine's whole surface)
     rows = [_Row(place, place // group_size, seed) for place, seed in enumerate(seeds)]
     kind, width = _plan(model, prompts, group_size, sampling.max_tokens, max_rows, cache)
     engine = _Engine(
-        model, prompts, make_sampler(sampling), sampling.max_tokens, eos, stop, progress, kind, _is_narrow(model)
+        model, prompts, make_sampler(sampling), sampling.max_tokens, eos, stop, progress, kind, is_narrow(model)
     )
     # Without masks for each row, rows beside each other must have one length: those of one prompt, begun together.
     together = [rows] if takes_row_masks(model) or kind == "library" else _slices(rows, group_size, width)
@@ -112,9 +112,15 @@ def generate(  # noqa: PLR0913 (the engine's whole surface)
     return [Completion(tuple(row.tokens), tuple(row.logprobs), not row.ended) for row in rows]
 
 
-def _is_narrow(model: nn.Module) -> bool:
+def is_narrow(model: nn.Module) -> bool:
+    """Whether one core does the model's matrix products as soon as two."""
     leaves: Any = tree_flatten(model.parameters())
     return sum(array.size for _, array in leaves) < NARROW
+
+
+def cores(narrow: bool, tokens: int) -> AbstractContextManager[None]:
+    """Where a model reads so many tokens at once: matrix products on as many cores as do them soonest."""
+    return one_blas_thread() if narrow or tokens < FEW else nullcontext()
 
 
 def _slices(rows: list[_Row], group_size: int, width: int) -> list[list[_Row]]:
@@ -183,15 +189,11 @@ class _Engine:
         used = sorted({row.prompt for row in rows})
         place = {prompt: number for number, prompt in enumerate(used)}
         prompts, index = [self.prompts[prompt] for prompt in used], [place[row.prompt] for row in rows]
-        with self._cores(sum(map(len, prompts))):
+        with cores(self.narrow, sum(map(len, prompts))):
             if held is None:
                 return hold(self.kind, self.model, prompts, index, self.max_tokens)
             held.join(prompts, index, self.max_tokens)
         return held
-
-    def _cores(self, tokens: int) -> AbstractContextManager[None]:
-        """Where so many tokens are read at once: matrix products on as many cores as do them soonest."""
-        return one_blas_thread() if self.narrow or tokens < FEW else nullcontext()
 
     def _left(self, rows: Sequence[_Row]) -> int:
         return self.max_tokens - min(len(row.tokens) for row in rows if not row.done)
@@ -201,7 +203,7 @@ class _Engine:
         count = min(CHECK_EVERY, self._left(rows))
         draws = mx.array(uniforms([row.seed for row in rows], [len(row.tokens) for row in rows], count))
         block, logprobs = [], []
-        with self._cores(len(rows)):
+        with cores(self.narrow, len(rows)):
             for t in range(count):
                 tokens, logprob = held.step(self.sampler, tokens, draws[t])
                 mx.async_eval(tokens, logprob)

@@ -2,13 +2,13 @@
 
     python -m tests.benchmarks.rollout --model tiny --rows 32 64 --prompt 64 --new 64 [--unequal] [--every-cache]
 
-`--unequal` gives every row a length of its own, 8 to 256 with a mean of about 70. `--torch` adds transformers'
-`generate`.
+`--unequal` gives every row a length of its own, 8 to 256 with a mean of about 70. On a CPU "its products alone" are the
+matrix products of these tokens and nothing else: what is left of the ratio is what an engine could gain. `--torch`
+adds transformers' `generate`.
 """
 
 import argparse
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,7 @@ from mlx_lm import batch_generate
 from mlx_lm.generate import BatchGenerator
 
 from configs.schema import SamplingConfig
-from mlx_ops.backend import one_blas_thread
-from mlx_ops.generation import FEW, NARROW, generate
+from mlx_ops.generation import cores, generate, is_narrow
 from mlx_ops.holding import Kind
 from mlx_ops.lean_rows import refusal as lean_refusal
 from mlx_ops.lean_weights import FOR_A_CPU, read
@@ -140,9 +139,9 @@ def products(work: Work) -> Case:
         return [asked @ keys.swapaxes(-1, -2) @ values for keys, values in held]
 
     def case() -> int:
-        repeats, few = blocks.heads // blocks.kv_heads, parameters(work.model) < NARROW
+        repeats, narrow = blocks.heads // blocks.kv_heads, is_narrow(work.model)
         for step, rows in enumerate(live):
-            with one_blas_thread() if rows < FEW or few else nullcontext():
+            with cores(narrow, rows):
                 through = [mx.ones((rows, matrix.shape[-2])) @ matrix for matrix in matrices]
                 own_columns = attended(own[:, :, :, :rows, : step + 1], repeats)
                 left = min(groups, rows)
